@@ -1,0 +1,16 @@
+"""CIFAR-10 (TFDS), recipe as on CIFAR-100: ResNet-32, K = 2 on a shared trunk, 300 epochs, batch 128.
+
+    python -m ffl_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
+
+Others report 94.01 % +- 0.11 for FFL's sub-network (table of PCL, Wu and Gong, AAAI 2021).
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    config = common.get_config(arg)
+    config.data.name = "cifar10"
+    config.data.mean = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+    config.data.std = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+    return config

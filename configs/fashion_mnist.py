@@ -1,0 +1,17 @@
+"""Fashion-MNIST (TFDS), 28x28 grey: ResNet-20 with the CIFAR recipe, shortened to 60 epochs.
+
+    python -m ffl_jax.main --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+
+No published FFL number was found.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    config = common.get_config(arg, network="resnet20")
+    config.data.name = "fashion_mnist"
+    config.epochs = 60
+    config.method.rampup_epochs = 16.0
+    config.optimizer.decay_epochs = (30, 45)
+    return config

@@ -1,0 +1,14 @@
+"""Your own images: any `train/<class>/*`, `test/<class>/*` tree of PNG or JPEG files, brought to 32x32.
+
+python -m ffl_jax.main --config=configs/folder.py --config.data.data_dir=DIR --workdir=runs/mine
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    config = common.get_config(arg)
+    config.data.name = "folder"
+    config.data.image_size = 32
+    config.data.validation_examples = 0  # a tenth of the training images or so, to choose the best epoch on
+    return config

@@ -1,0 +1,1 @@
+"""Online knowledge distillation in JAX: several networks train together and teach one another."""

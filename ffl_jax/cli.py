@@ -1,0 +1,169 @@
+"""What every command shares: flags, signals, and one line with the right exit code in place of a traceback.
+
+Light on imports, so that a mistyped flag and a signal are answered at once.
+"""
+
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from ffl_jax import preemption
+from ffl_jax.errors import ConfigError, FFLError, ResourceError
+from ffl_jax.registry import nearest
+
+ROOT = Path(__file__).resolve().parent.parent
+_OUT_OF_RESOURCES = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+}
+
+
+def new_flags() -> flags.FlagValues:
+    """Flags of one command: `--help` and `--debug` to begin with."""
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Shows this text.", flag_values=values, allow_hide_cpp=True)
+    flags.DEFINE_bool("debug", False, "Shows the traceback of an error.", flag_values=values)
+    return values
+
+
+def run(command: Callable[[list[str]], None]):
+    """Runs `command(arguments)` and ends the process with the contract's exit code."""
+    preemption.install()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for talkative in ("jax", "orbax", "matplotlib", "tensorboardX"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+    debug = "--debug" in sys.argv
+    try:
+        command(sys.argv)
+        code = 0
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"error: {' '.join(str(refusal).split())}", file=sys.stderr, flush=True)
+        code = refusal.exit_code
+    sys.exit(code)
+
+
+def _refusal(error: Exception) -> FFLError | None:
+    """The error as one that a user can act on, or None where it is our mistake."""
+    if isinstance(error, FFLError):
+        return error
+    if isinstance(error, flags.Error):
+        return ConfigError(str(error))
+    if isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES:
+        return ResourceError(
+            f"{error.filename or 'disk'}: {error.strerror}; free space or make it accessible."
+        )
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return ResourceError(
+            f"out of memory: lower config.batch_size or config.evaluation.batch_size ({error})."
+        )
+    return None
+
+
+def parse(values: flags.FlagValues, argv: list[str], usage: str):
+    """Reads the flags; prints `usage` and ends where `--help` is among them.
+
+    Raises:
+      ConfigError: a flag is unknown, or its value of another type, or an argument stands alone.
+    """
+    if any(argument in ("--help", "-help", "-h") for argument in argv[1:]):
+        print(f"{usage.strip()}\n\nFlags:\n{_describe(values)}")
+        sys.exit(0)
+    rest = values(argv)
+    if len(rest) > 1:
+        raise ConfigError(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
+
+
+def _describe(values):
+    lines = []
+    for name in sorted(values):
+        lines.append(f"  --{name}: {values[name].help}")
+    return "\n".join(lines)
+
+
+def define_config(values: flags.FlagValues, argv: list[str], default: str):
+    """Adds `--config=FILE[:PRESETS]` and `--config.KEY=VALUE`, which set what the file gives.
+
+    Raises:
+      ConfigError: the file is missing or broken, a key is unknown (the nearest right ones are named), or a
+        value has another type.
+    """
+    from ml_collections import config_flags
+
+    argv[:] = [_resolve(argument) for argument in argv]
+    chosen = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
+    path = Path((chosen[-1] if chosen else default).split(":", 1)[0])
+    if not path.is_file():
+        there = sorted(str(file) for file in (ROOT / "configs").glob("*.py") if file.stem != "common")
+        raise ConfigError(f"no configuration file {path}: {nearest(str(path), there)}")
+    folder = str(path.resolve().parent.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # for `from configs import common`, from wherever the command is run
+    try:
+        config_flags.DEFINE_config_file(
+            "config",
+            default,
+            "FILE[:PRESETS], a file of configs/.",
+            lock_config=True,
+            flag_values=values,
+        )
+        values(argv)
+    except (FFLError, flags.Error):
+        raise
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _unknown_key(chosen[-1] if chosen else default, argv) or ConfigError(
+            f"{path}: {error}"
+        ) from error
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{path}: {type(error).__name__}: {error} ({line.filename}:{line.lineno})"
+        ) from error
+
+
+def _resolve(argument: str) -> str:
+    """`--config=configs/x.py` works from any folder: what is not there is looked for beside the package."""
+    if not argument.startswith("--config="):
+        return argument
+    path, colon, presets = argument.removeprefix("--config=").partition(":")
+    if not Path(path).exists() and (ROOT / path).exists():
+        path = str(ROOT / path)
+    return f"--config={path}{colon}{presets}"
+
+
+def _unknown_key(chosen: str, argv: list[str]) -> ConfigError | None:
+    """Names the first `--config.KEY` that the file does not have, with the nearest that it has."""
+    from importlib import util
+
+    from ffl_jax.config import flatten
+
+    path, _, presets = chosen.partition(":")
+    spec = util.spec_from_file_location("chosen_config", path)
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    known = flatten(module.get_config(presets or None).to_dict())
+    for argument in argv[1:]:
+        key = argument.split("=", 1)[0].removeprefix("--").removeprefix("no")
+        if key.startswith("config.") and (key := key.removeprefix("config.")) not in known:
+            last = key.rsplit(".", 1)[-1]
+            same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
+            hint = f"did you mean {' or '.join(same_name)}?" if same_name else nearest(key, known)
+            return ConfigError(f"unknown configuration key config.{key}: {hint}")
+    return None
+
+
+def default_workdir(config) -> str:
+    """Where a run goes that was given no --workdir."""
+    return os.path.join(
+        "runs", f"{config.data.name}_{config.method.name}_{config.subnetworks.network}_seed{config.seed}"
+    )

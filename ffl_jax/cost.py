@@ -1,0 +1,57 @@
+"""What deploying a prediction costs: its parameters, and the floating-point operations for one image."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
+
+
+def prediction_costs(method, params, model_state, image_shape) -> dict[str, dict[str, int]]:
+    """{prediction: {"parameters", "flops"}} of the part of a method that the prediction needs.
+
+    Args:
+      method: a `Method`.
+      params, model_state: its variables, or their shapes.
+      image_shape: (H, W, 3).
+
+    `parameters` counts trained numbers, without batch statistics; `flops` is XLA's count, with a multiply-add
+    as two.
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+    def predictions(params, model_state, images):
+        return method.predictions(method.apply({"params": params, **model_state}, images, train=False))
+
+    costs = {}
+    for prediction in jax.eval_shape(predictions, params, model_state, images):
+        if prediction in method.subnetwork_names():
+            # Alone, since slicing stacked parameters looks like a use of all K copies.
+            costs[prediction] = _subnetwork_cost(method, params, model_state, images, prediction)
+        else:
+            costs[prediction] = _cost(
+                lambda *arguments, name=prediction: predictions(*arguments)[name], params, model_state, images
+            )
+    return costs
+
+
+def _subnetwork_cost(method, params, model_state, images, prediction):
+    k = method.subnetwork_names().index(prediction)
+    joint = {kind: tree["subnetworks"] for kind, tree in {"params": params, **model_state}.items()}
+    variables = jax.eval_shape(lambda joint: method.subnetworks.extract(joint, k), joint)
+    network = method.subnetworks.member(k)
+
+    def logits(params, model_state, images):
+        return network.apply({"params": params, **model_state}, images, train=False).logits
+
+    return _cost(logits, variables.pop("params"), variables, images)
+
+
+def _cost(function, params, model_state, images):
+    jaxpr = jax.make_jaxpr(function)(params, model_state, images).jaxpr
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    parameters = sum(
+        math.prod(leaf.shape) for leaf, is_used in zip(jax.tree.leaves(params), used, strict=False) if is_used
+    )
+    analysis = jax.jit(function).lower(params, model_state, images).cost_analysis() or {}
+    return {"parameters": parameters, "flops": int(analysis.get("flops", 0)) or None}

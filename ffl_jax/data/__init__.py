@@ -1,0 +1,88 @@
+"""Datasets: `load(config.data)` gives every source's images in the same form, checked and fingerprinted."""
+
+import numpy as np
+
+from ffl_jax.data import base, tfds
+from ffl_jax.data import digits as digits
+from ffl_jax.data import folder as folder
+from ffl_jax.data.base import Dataset, Split
+from ffl_jax.errors import ConfigError, DatasetError
+
+__all__ = ["Dataset", "Split", "load"]
+
+
+def load(config) -> Dataset:
+    """Loads the dataset that `config.name` says: a source of this folder, or else a TFDS dataset.
+
+    Args:
+      config: the `data` section: `name`; `data_dir`, `manual_dir` and `cache_dir` (empty: the usual places);
+        `validation_examples` to set aside from the training split; `image_size` in pixels (0: as stored).
+
+    Raises:
+      ConfigError: a setting is out of its domain, or there is no dataset of that name.
+      DatasetError: the data is missing, damaged, or does not fit the settings.
+    """
+    for key in ("validation_examples", "image_size"):
+        if config[key] < 0:
+            raise ConfigError(f"config.data.{key} must be 0 or more, got {config[key]}.")
+    source = base.SOURCES.get(config.name, tfds.load)
+    train, test, class_names = source(config)
+    if len(class_names) < 2:
+        raise DatasetError(
+            f"{config.name} has {len(class_names)} class ({', '.join(class_names)}); 2 or more are needed."
+        )
+    train, test = (
+        _checked(config.name, role, split, len(class_names))
+        for role, split in (("train", train), ("test", test))
+    )
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise DatasetError(
+            f"{config.name}: train images have shape {train.images.shape[1:]}, test images "
+            f"{test.images.shape[1:]}; set config.data.image_size to bring all to one size."
+        )
+    fingerprint = base.digest(
+        train.images, train.labels, test.images, test.labels, *class_names, str(config.validation_examples)
+    )
+    train, validation = _carve(config, train)
+    return Dataset(config.name, train, test, class_names, fingerprint, validation)
+
+
+def _checked(name: str, role: str, split: Split, num_classes: int) -> Split:
+    images, labels = np.asarray(split.images), np.asarray(split.labels)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise DatasetError(
+            f"{name}: {role} images must be uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}; "
+            "convert them."
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+        raise DatasetError(
+            f"{name}: {role} labels must be integers [{len(images)}], one an image, got {labels.dtype} "
+            f"{list(labels.shape)}; convert them."
+        )
+    if not images.size:
+        raise DatasetError(f"{name}: the {role} split is empty; it needs at least one image.")
+    # A label out of range would not fail later: one_hot turns it into zeros, an index wraps around.
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise DatasetError(
+            f"{name}: label {labels[wrong[0]]} at index {wrong[0]} of {role} is outside 0 .. "
+            f"{num_classes - 1} ({len(wrong)} such labels); correct the labels or the list of classes."
+        )
+    return Split(images, labels.astype(np.int32))
+
+
+def _carve(config, train: Split) -> tuple[Split, Split | None]:
+    """Sets validation examples aside: the same ones for every seed, so that runs compare."""
+    count, total = config.validation_examples, len(train.labels)
+    if not count:
+        return train, None
+    if count >= total:
+        raise DatasetError(
+            f"config.data.validation_examples={count} leaves nothing of the {total} training examples of "
+            f"{config.name}: set it below {total}."
+        )
+    chosen = np.zeros(total, bool)
+    chosen[np.random.default_rng(0).permutation(total)[:count]] = True
+    return Split(train.images[~chosen], train.labels[~chosen]), Split(
+        train.images[chosen], train.labels[chosen]
+    )

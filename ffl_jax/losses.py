@@ -1,0 +1,37 @@
+"""Pure per-example losses and ramps that methods share; always in float32 and in log space."""
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-log softmax(logits)[label]: [..., B, C] and int [B] -> [..., B]."""
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    labels = jnp.broadcast_to(labels, logits.shape[:-1])
+    return -jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
+
+
+def kl_divergence(
+    logits: jax.Array, target_logits: jax.Array, temperature: float, smoothing: float = 0.0
+) -> jax.Array:
+    """T**2 * KL(target || logits) at temperature T: [..., C], [..., C] -> [...]. Hinton et al., 2015, sec. 2.
+
+    Args:
+      logits: of the learner; broadcast against the target.
+      target_logits: of the teacher. The gradient flows into it too, unless the caller stops it.
+      temperature: softens both sides.
+      smoothing: added to every target probability, which is not normalised again (FFL's released code: 1e-7).
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    log_q = jax.nn.log_softmax(target_logits.astype(jnp.float32) / temperature)
+    if smoothing:
+        log_q = jnp.logaddexp(log_q, jnp.log(jnp.float32(smoothing)))
+    return temperature**2 * (jnp.exp(log_q) * (log_q - log_p)).sum(axis=-1)
+
+
+def sigmoid_rampup(epoch: jax.Array, rampup_epochs: float) -> jax.Array:
+    """exp(-5 (1 - epoch / R)**2), held at 1 from epoch R on; 1 where R = 0. Laine & Aila, 2017, sec. 3.1."""
+    if rampup_epochs == 0:
+        return jnp.ones_like(epoch, jnp.float32)
+    progress = jnp.clip(epoch / rampup_epochs, 0.0, 1.0)
+    return jnp.exp(-5.0 * (1.0 - progress) ** 2)

@@ -1,0 +1,99 @@
+"""What every network gives, and the layers that all families build with."""
+
+import flax
+import flax.linen as nn
+import jax
+from flax.linen import initializers
+
+from ffl_jax import parallel
+from ffl_jax.registry import Registry
+
+NETWORKS = Registry("network")
+
+
+@flax.struct.dataclass
+class NetworkOutputs:
+    """What one network computes for a batch.
+
+    Attributes:
+      logits: [B, C].
+      features: [B, D], the last feature map averaged over space.
+      feature_maps: one [B, H, W, D] for each stage that the network ran, after its last ReLU.
+      trunk_map: [B, H, W, D], the output of the trunk that the sub-networks share; None without one.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+    feature_maps: tuple[jax.Array, ...]
+    trunk_map: jax.Array | None = None
+
+    @property
+    def feature_map(self) -> jax.Array:
+        """The last feature map, [B, H, W, D]."""
+        return self.feature_maps[-1]
+
+
+class Network(nn.Module):
+    """A classifier that runs its stages [start, stop), so that trunk and branch are cuts of the same class.
+
+    Run from 0 to the end, it maps images to `NetworkOutputs`. With `stop` before the end it returns the
+    feature map there; with `start` > 0 it takes that map in place of images. Names of parameters do not
+    depend on the cut: trunk and branch together hold the names of the whole network.
+
+    Attributes:
+      num_classes: C.
+      start, stop: the first stage to run and the one to stop before; `stop` None runs to the logits.
+    """
+
+    num_classes: int
+    start: int = 0
+    stop: int | None = None
+
+    num_stages = 3
+
+    def __call__(self, x: jax.Array, train: bool) -> NetworkOutputs | jax.Array:
+        """[B, H, W, 3] images, or the map before stage `start`; `train` uses and updates batch statistics."""
+        raise NotImplementedError
+
+
+def conv(features: int, kernel: int, stride: int = 1, groups: int = 1, name: str | None = None) -> nn.Conv:
+    """Square convolution without bias, padded by (kernel - 1) / 2 on every side.
+
+    The padding is explicit: "SAME" pads (0, 1) at stride 2 on even inputs and is not what the papers' code
+    computes. Weights start from Normal(0, sqrt(2 / (kernel**2 * features))).
+    """
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        stride,
+        padding=(kernel - 1) // 2,
+        feature_group_count=groups,
+        use_bias=False,
+        kernel_init=initializers.variance_scaling(2.0, "fan_out", "normal"),
+        name=name,
+    )
+
+
+def batch_norm(train: bool, name: str | None = None) -> nn.BatchNorm:
+    """Batch normalisation with PyTorch's defaults, its statistics taken over the batches of all devices.
+
+    The running variance is the biased one, as always in Flax; PyTorch's is larger by M / (M - 1).
+    """
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        axis_name=parallel.axis_name(),
+        # E[x^2] - E[x]^2 in one pass loses digits where the mean is large against the spread.
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def dense(features: int, fan_in: int, name: str | None = None) -> nn.Dense:
+    """Linear layer; weights and bias start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default."""
+
+    def uniform(key, shape, dtype):
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return nn.Dense(features, kernel_init=uniform, bias_init=uniform, name=name)

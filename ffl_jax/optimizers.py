@@ -1,0 +1,137 @@
+"""From configuration to one optax transformation for each objective of a method."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import optax
+
+from ffl_jax.errors import ConfigError
+from ffl_jax.registry import nearest
+
+OPTIMIZERS = ("sgd", "adam")
+SCHEDULES = ("step", "cosine", "constant")
+
+
+def learning_rate_schedule(settings: Mapping, steps_per_epoch: int, epochs: int) -> optax.Schedule:
+    """Step -> learning rate.
+
+    Args:
+      settings: `learning_rate` > 0; `schedule`, one of `SCHEDULES`; `decay_epochs` and `decay_factor`, for
+        "step", which multiplies by the factor at the beginning of each of these 0-based epochs;
+        `warmup_epochs`, over which the rate first rises linearly from 0.
+      steps_per_epoch: turns epochs into steps.
+      epochs: of the whole run; "cosine" ends there, at 0.
+    """
+    peak, warmup = settings["learning_rate"], round(settings["warmup_epochs"] * steps_per_epoch)
+    if settings["schedule"] == "step":
+        steps = {
+            round(epoch * steps_per_epoch) - warmup: settings["decay_factor"]
+            for epoch in settings["decay_epochs"]
+        }
+        schedule = optax.piecewise_constant_schedule(peak, steps)
+    elif settings["schedule"] == "cosine":
+        schedule = optax.cosine_decay_schedule(peak, max(1, round(epochs * steps_per_epoch) - warmup))
+    else:
+        schedule = optax.constant_schedule(peak)
+    if not warmup:
+        return schedule
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), schedule], [warmup])
+
+
+def optimizer(settings: Mapping, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:
+    """SGD with momentum, or Adam; weight decay is added to the gradient first, as PyTorch does it."""
+    schedule = learning_rate_schedule(settings, steps_per_epoch, epochs)
+    if settings["name"] == "sgd":
+        core = optax.sgd(schedule, settings["momentum"] or None, nesterov=settings["nesterov"])
+    else:
+        core = optax.adam(schedule, b1=settings["beta1"], b2=settings["beta2"])
+    return optax.chain(optax.add_decayed_weights(settings["weight_decay"]), core)
+
+
+def check_settings(settings: Mapping, where: str):
+    """Raises ConfigError, naming the key under `where`, for a value out of its domain."""
+
+    def require(condition, key, wanted):
+        if not condition:
+            raise ConfigError(f"{where}.{key} must be {wanted}, got {settings[key]!r}.")
+
+    require(settings["name"] in OPTIMIZERS, "name", f"one of {', '.join(OPTIMIZERS)}")
+    require(settings["schedule"] in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
+    require(0 < settings["learning_rate"] < float("inf"), "learning_rate", "a finite number > 0")
+    for key in ("weight_decay", "warmup_epochs"):
+        require(0 <= settings[key] < float("inf"), key, "a finite number >= 0")
+    for key in ("momentum", "beta1", "beta2"):
+        require(0 <= settings[key] < 1, key, "in [0, 1)")
+    require(0 < settings["decay_factor"] <= 1, "decay_factor", "in (0, 1]")
+    decay = list(settings["decay_epochs"])
+    ordered = decay == sorted(set(decay)) and all(epoch > settings["warmup_epochs"] for epoch in decay)
+    require(ordered, "decay_epochs", "increasing and after the warm-up")
+
+
+def merge_rules(default: Mapping, rules: Sequence) -> list[tuple[str, dict]]:
+    """Checks `rules`, pairs of a regex and overrides; returns them with full settings, a catch-all last."""
+    merged = []
+    for rule in rules:
+        try:
+            pattern, overrides = rule
+            re.compile(pattern)
+            unknown = set(overrides) - set(default)
+        except (TypeError, ValueError, re.error) as error:
+            raise ConfigError(
+                f"optimizer_rules: {rule!r} is not a pair (regex, {{setting: value}}): {error}"
+            ) from error
+        if unknown:
+            key = min(unknown)
+            raise ConfigError(
+                f"optimizer_rules: unknown setting {key!r} for {pattern!r}: {nearest(key, default)}"
+            )
+        merged.append((pattern, {**default, **overrides}))
+    for pattern, settings in [("optimizer", default), *merged]:
+        check_settings(settings, pattern)
+    return [*merged, (".*", dict(default))]
+
+
+def make_optimizers(
+    trains: Mapping[str, str], params, default: Mapping, rules: Sequence, steps_per_epoch: int, epochs: int
+) -> dict[str, optax.GradientTransformation]:
+    """{objective: transformation of the whole parameter tree}.
+
+    Args:
+      trains: objective -> regex over parameter paths such as "fusion/head/kernel"; what it does not match in
+        full stays as it is.
+      params: parameters or their shapes.
+      default: settings of an optimiser, see `optimizer` and `learning_rate_schedule`.
+      rules: pairs (regex, overrides); the first to match "objective/parameter/path" in full counts.
+      steps_per_epoch, epochs: for the schedules.
+
+    Raises:
+      ConfigError: a setting is unknown or out of its domain, or a rule matches no parameter.
+    """
+    table = merge_rules(default, rules)
+    unused = set(range(len(rules)))
+    optimizers = {}
+    for objective, trained in trains.items():
+
+        def label(path, _, objective=objective, trained=trained):
+            path = "/".join(key.key for key in path)
+            if not re.fullmatch(trained, path):
+                return "frozen"
+            index = next(i for i, (rule, _) in enumerate(table) if re.fullmatch(rule, f"{objective}/{path}"))
+            unused.discard(index)
+            return str(index)
+
+        labels = jax.tree_util.tree_map_with_path(label, params)
+        groups = {
+            name: optax.set_to_zero()
+            if name == "frozen"
+            else optimizer(table[int(name)][1], steps_per_epoch, epochs)
+            for name in sorted(set(jax.tree.leaves(labels)))
+        }
+        optimizers[objective] = optax.multi_transform(groups, labels)
+    if unused:
+        raise ConfigError(
+            f"optimizer_rules: {table[min(unused)][0]!r} matches no parameter of an objective "
+            f"({', '.join(trains)}): write it as objective/path, for instance 'loss/fusion/.*'."
+        )
+    return optimizers

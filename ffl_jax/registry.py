@@ -1,0 +1,37 @@
+"""Names that configurations use for methods, networks and datasets, each registered where it is defined."""
+
+import difflib
+
+from ffl_jax.errors import ConfigError
+
+
+def nearest(name: str, known) -> str:
+    """ "Did you mean …?" for the known names nearest to `name`, or the list of all where none is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}."
+
+
+class Registry(dict):
+    """Maps a lower-case name to what builds the thing."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def register(self, *names: str):
+        """Decorator: enters a class or function under each of `names`."""
+
+        def enter(entry):
+            for name in names:
+                assert name not in self, f"{self.kind} {name!r} is registered twice"
+                self[name] = entry
+            return entry
+
+        return enter
+
+    def lookup(self, name: str):
+        """The entry called `name`; raises ConfigError that names the nearest known ones."""
+        if name not in self:
+            raise ConfigError(f"unknown {self.kind} {name!r}: {nearest(name, self)}")
+        return self[name]

@@ -1,0 +1,127 @@
+"""The K networks that train together: copies of one network, or different networks side by side."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ffl_jax.errors import ConfigError
+from ffl_jax.models import NETWORKS, Network, NetworkOutputs
+
+
+class Stacked(nn.Module):
+    """K copies of one network, their variables stacked along a leading axis K, on an optional shared trunk.
+
+    Attributes:
+      network: the whole network; it is cut at `shared_stages` into trunk and branch.
+      num: K.
+      shared_stages: how many stages, the stem included, exist once; 0 gives K separate networks.
+      vectorize: run the branches by `vmap` instead of one after another; variables and results are the same.
+        A vmapped convolution is a grouped one: fit for accelerators, many times slower on a CPU.
+    """
+
+    network: Network
+    num: int = 2
+    shared_stages: int = 0
+    vectorize: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num < 2:
+            raise ConfigError(f"subnetworks.num must be at least 2 to teach one another, got {self.num}.")
+        if not 0 <= self.shared_stages < self.network.num_stages:
+            raise ConfigError(
+                f"subnetworks.shared_stages must be 0..{self.network.num_stages - 1} for a network of "
+                f"{self.network.num_stages} stages, got {self.shared_stages}."
+            )
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> tuple[NetworkOutputs, ...]:
+        """[B, H, W, 3] -> the outputs of the K sub-networks, in order."""
+        x, trunk_map = images, None
+        if self.shared_stages:
+            x = trunk_map = self.network.clone(stop=self.shared_stages, parent=self, name="trunk")(x, train)
+        branch = self.network.clone(start=self.shared_stages, parent=None)
+
+        def init():
+            keys = jax.random.split(self.make_rng("params"), self.num)
+            return jax.vmap(lambda key: branch.init(key, x, train=False))(keys)
+
+        params = self.variable("params", "branches", lambda: init()["params"]).value
+        statistics = self.variable("batch_stats", "branches", lambda: init()["batch_stats"])
+
+        def run(params, statistics):
+            variables = {"params": params, "batch_stats": statistics}
+            outputs, updates = branch.apply(variables, x, train, mutable=["batch_stats"])
+            return outputs, updates["batch_stats"]
+
+        if self.vectorize:
+            outputs, new_statistics = jax.vmap(run)(params, statistics.value)
+            outputs = [jax.tree.map(lambda leaf, k=k: leaf[k], outputs) for k in range(self.num)]
+        else:
+            results = [run(*_pick((params, statistics.value), k)) for k in range(self.num)]
+            outputs = [output for output, _ in results]
+            new_statistics = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[new for _, new in results])
+        if train:
+            statistics.value = new_statistics
+        return tuple(output.replace(trunk_map=trunk_map) for output in outputs)
+
+    def member(self, k: int) -> Network:
+        """Sub-network k as a plain network."""
+        return self.network
+
+    def extract(self, variables: dict, k: int) -> dict:
+        """The variables of `member(k)`, taken from those of this module."""
+        return {
+            kind: {**tree.get("trunk", {}), **_pick(tree["branches"], k)} for kind, tree in variables.items()
+        }
+
+
+class Mixed(nn.Module):
+    """Different networks side by side, each with variables of its own."""
+
+    networks: tuple[Network, ...]
+
+    @property
+    def num(self) -> int:
+        return len(self.networks)
+
+    def __call__(self, images: jax.Array, train: bool) -> tuple[NetworkOutputs, ...]:
+        """[B, H, W, 3] -> the outputs of the K sub-networks, in order."""
+        return tuple(network(images, train) for network in self.networks)
+
+    def member(self, k: int) -> Network:
+        """Sub-network k as a plain network."""
+        return self.networks[k]
+
+    def extract(self, variables: dict, k: int) -> dict:
+        """The variables of `member(k)`, taken from those of this module."""
+        return {kind: tree[f"networks_{k}"] for kind, tree in variables.items()}
+
+
+def _pick(tree, k):
+    return jax.tree.map(lambda leaf: leaf[k], tree)
+
+
+def network_names(network: str, num: int) -> list[str]:
+    """The K names that `network` ("resnet32", or "resnet32+resnet56") and `num` stand for."""
+    names = network.split("+")
+    if len(names) == 1:
+        return names * num
+    if num != len(names):
+        raise ConfigError(f"subnetworks.network={network!r} lists {len(names)} networks, but num={num}.")
+    return names
+
+
+def build(
+    network: str, num: int, num_classes: int, shared_stages: int = 0, vectorize: bool = False
+) -> Stacked | Mixed:
+    """`Stacked` where all names in `network` ("resnet32", "resnet20+resnet32") are the same, else `Mixed`."""
+    names = network_names(network, num)
+    if len(set(names)) == 1:
+        return Stacked(NETWORKS.lookup(names[0])(num_classes), num, shared_stages, vectorize)
+    if shared_stages:
+        raise ConfigError(
+            f"different networks ({network}) cannot share a trunk: set config.subnetworks.shared_stages=0, "
+            f"got {shared_stages}."
+        )
+    return Mixed(tuple(NETWORKS.lookup(name)(num_classes) for name in names))
