@@ -143,7 +143,7 @@ class Checkpoints:
             manifest.fsync(self.directory)
             # Not before: until the new step is whole and in place, the old ones are all there is.
             others = [other for other in steps(self.directory) if other != step]
-            for other in others[: len(others) - (self._keep - 1)]:
+            for other in others[: max(0, len(others) - (self._keep - 1))]:
                 self._discard(self.directory / str(other))
 
     def _discard(self, path: Path) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from ffl_jax.data import base
+from ffl_jax.errors import ConfigError
 
 
 @base.register("digits")
@@ -15,6 +16,11 @@ def load(config) -> tuple[base.Split, base.Split, tuple[str, ...]]:
     """
     from sklearn import datasets
 
+    if config.image_size not in (0, 8):
+        raise ConfigError(
+            f"config.data.image_size={config.image_size} does not apply to digits, which have 8x8 pixels; "
+            "leave it at 0."
+        )
     digits = datasets.load_digits()
     grey = np.rint(digits.images * 255 / 16).astype(np.uint8)
     images = np.repeat(grey[..., None], 3, axis=-1)

@@ -1,0 +1,254 @@
+"""Every image-classification dataset of TensorFlow Datasets, by name, read without TensorFlow.
+
+Only preparing a dataset (download, check, convert to ArrayRecord) needs TensorFlow, once.
+"""
+
+import contextlib
+import difflib
+import errno
+import importlib.util
+import os
+import pathlib
+import re
+
+import numpy as np
+from absl import logging
+
+from ffl_jax.data import base, cache
+from ffl_jax.errors import ConfigError, DatasetError, ResourceError
+
+_NAME = re.compile(r"\w+(/[\w.-]+)?(:[\d.*]+)?")
+_INSTALL = "run `pip install tensorflow` (or `pip install -e '.[prepare]'`) and the same command again"
+
+
+def load(config) -> tuple[base.Split, base.Split, tuple[str, ...]]:
+    """Reads `config.name` (`name`, `name/config` or `name/config:version`), and prepares it first if need be.
+
+    The test split is `test`, or `validation` for datasets without one.
+    """
+    builder = _builder(config)
+    if not (pathlib.Path(builder.data_dir) / "dataset_info.json").exists():
+        _prepare(builder, config)
+        builder = _builder(config)
+    image_key, label_key = _keys(config.name, builder.info)
+    splits = {"train": "train", "test": "test" if "test" in builder.info.splits else "validation"}
+    for split in splits.values():
+        if split not in builder.info.splits or not builder.info.splits[split].num_examples:
+            raise DatasetError(
+                f"{config.name} needs a split train and a split test or validation, and has only "
+                f"{', '.join(builder.info.splits) or 'none'}; choose another dataset."
+            )
+    _check_files(builder, splits.values())
+
+    def build() -> cache.Arrays:
+        arrays = {}
+        for role, split in splits.items():
+            arrays[f"{role}_images"], arrays[f"{role}_labels"] = _decode(
+                builder, split, image_key, label_key, config.image_size
+            )
+        return arrays
+
+    files = [os.fspath(path) for split in splits.values() for path in builder.info.splits[split].filepaths]
+    states = [f"{path}\0{cache.file_state(path)}\0" for path in files]
+    source = f"{builder.info.full_name}\0{image_key}\0{label_key}\0{config.image_size}\0{''.join(states)}"
+    arrays = cache.cached(builder.info.full_name, source, config.cache_dir, build)
+    train, test = (base.Split(arrays[f"{role}_images"], arrays[f"{role}_labels"]) for role in splits)
+    return train, test, tuple(builder.info.features[label_key].names)
+
+
+def _builder(config):
+    """The TFDS builder, made from files alone: nothing here asks the network."""
+    import tensorflow_datasets as tfds
+
+    if not _NAME.fullmatch(config.name):
+        raise ConfigError(
+            f"config.data.name {config.name!r} is not a dataset name: write `name`, `name/config` or "
+            "`name/config:1.0.0`."
+        )
+    short_name = re.split("[/:]", config.name)[0]
+    registered = tfds.list_builders(with_community_datasets=False)
+    data_dir = os.path.abspath(os.path.expanduser(config.data_dir)) if config.data_dir else None
+    try:
+        with _quiet():
+            return tfds.builder(config.name, data_dir=data_dir, try_gcs=False)
+    except tfds.core.DatasetNotFoundError as error:
+        near = difflib.get_close_matches(short_name, [*base.SOURCES, *registered], cutoff=0.5)
+        advice = (
+            f"the nearest are {', '.join(near)}" if near else "see tensorflow.org/datasets for their names"
+        )
+        raise ConfigError(
+            f"config.data.name {config.name!r} is neither one of {', '.join(sorted(base.SOURCES))} "
+            f"nor a TFDS dataset; {advice}."
+        ) from error
+    except ImportError as error:  # A few datasets, none of them of images, cannot be described without it.
+        raise DatasetError(
+            f"{config.name} cannot be used here: {_line(error)} Install that package with pip, or choose "
+            "another dataset."
+        ) from error
+    except Exception as error:
+        if isinstance(error, AssertionError | ValueError) and short_name in registered:
+            configs = ", ".join(list(tfds.builder_cls(short_name).builder_configs)[:20]) or "none"
+            reason = _line(error).partition(" Here are")[0]
+            raise ConfigError(
+                f"config.data.name {config.name!r}: {reason} Known configurations: {configs}."
+            ) from error
+        raise DatasetError(
+            f"The description of {config.name} in {data_dir or 'the TFDS folder'} is damaged: {_line(error)} "
+            "Remove the dataset's folder and run the same command again."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps what TFDS logs on its way to an answer off the terminal: refusals are one line."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _prepare(builder, config):
+    """Downloads the dataset, or takes it from `config.manual_dir`, and writes ArrayRecord files."""
+    target = pathlib.Path(builder.data_dir)
+    if target.exists():
+        raise DatasetError(
+            f"{target} is half-prepared (it has no dataset_info.json), and partial data is never used: "
+            f"run `rm -r {target}` and the same command again."
+        )
+    if config.manual_dir and not os.path.isdir(os.path.expanduser(config.manual_dir)):
+        raise DatasetError(
+            f"config.data.manual_dir {config.manual_dir} is not a folder: give the folder of the files that "
+            f"you downloaded by hand{_upstream(builder)}."
+        )
+    if importlib.util.find_spec("tensorflow") is None:
+        others = sorted(path.parent.name for path in target.parent.glob("*/dataset_info.json"))
+        partial = sorted(path.name for path in target.parent.glob("incomplete*"))
+        raise DatasetError(
+            f"{config.name} is not prepared in {target}"
+            + (f" (version {', '.join(others)} is, use name:version to read it)" if others else "")
+            + (f" (partial data in {', '.join(partial)} is never used)" if partial else "")
+            + f": set config.data.data_dir to where it is, or, to prepare it, {_INSTALL}."
+        )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.info("Preparing %s in %s", config.name, target)
+    try:
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.download import downloader
+
+        tf.config.set_visible_devices([], "GPU")  # The accelerator's memory is for training.
+        downloader.MAX_RETRIES = 5  # Ten, its default, take over three minutes to notice a missing network.
+        download_config = tfds.download.DownloadConfig(
+            manual_dir=os.path.expanduser(config.manual_dir) or None, try_download_gcs=False
+        )
+        builder.download_and_prepare(download_config=download_config, file_format="array_record")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EACCES,
+        ):
+            raise ResourceError(f"Cannot write {config.name} to {target}: {error.strerror}.") from error
+        raise DatasetError(
+            f"Preparing {config.name} in {target} failed: {_line(error)} Without a network, download the "
+            f"files by hand into a folder{_upstream(builder)} and set config.data.manual_dir to it."
+        ) from error
+
+
+def _upstream(builder) -> str:
+    names = sorted(info.filename for info in (builder.url_infos or {}).values() if info.filename)
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f" ({', '.join(names[:6])}{more})" if names else ""
+
+
+def _keys(name: str, info) -> tuple[str, str]:
+    """Names of the features that hold the image and the class."""
+    import tensorflow_datasets as tfds
+
+    types = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    features = dict(info.features.items()) if isinstance(info.features, tfds.features.FeaturesDict) else {}
+    keys = info.supervised_keys or ()
+    if len(keys) < 2 or not all(
+        isinstance(features.get(key), types[role]) for key, role in zip(keys, types, strict=False)
+    ):
+        found = {role: [k for k, v in features.items() if isinstance(v, types[role])] for role in types}
+        if any(len(names) != 1 for names in found.values()):
+            raise DatasetError(
+                f"{name} is not an image-classification dataset: its features are "
+                f"{', '.join(features) or type(info.features).__name__}, and exactly one image and one class "
+                "label are needed; choose another dataset."
+            )
+        keys = [names[0] for names in found.values()]
+    if features[keys[0]].np_dtype not in (np.uint8, np.uint16):
+        raise DatasetError(
+            f"{name} holds images of {np.dtype(features[keys[0]].np_dtype).name} values, not uint8 or "
+            "uint16; choose another dataset."
+        )
+    return keys[0], keys[1]
+
+
+def _check_files(builder, splits):
+    import tensorflow_datasets as tfds
+
+    if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
+        raise DatasetError(
+            f"{builder.data_dir} is prepared as {builder.info.file_format.value}, which only TensorFlow can "
+            f"read. To prepare it again as array_record, run `rm -r {builder.data_dir}`, or set another "
+            f"config.data.data_dir; then {_INSTALL}."
+        )
+    builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
+    missing = [path for split in splits for path in builder.info.splits[split].filepaths if not path.exists()]
+    if missing:
+        raise DatasetError(
+            f"{builder.data_dir} is half-prepared, {missing[0].name} is missing: run "
+            f"`rm -r {builder.data_dir}` and the same command again."
+        )
+
+
+def _decode(builder, split: str, image_key: str, label_key: str, image_size: int):
+    import tensorflow_datasets as tfds
+
+    info = builder.info.splits[split]
+    remedy = f"run `rm -r {builder.data_dir}` and the same command again"
+    starts = np.cumsum([0, *info.shard_lengths])
+    labels = np.empty(info.num_examples, np.int64)
+    records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    # Of all features only these two are parsed; the image stays encoded.
+    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in (image_key, label_key)})
+    decoders = {image_key: tfds.decode.SkipDecoding()}
+
+    def where(position: int) -> str:
+        shard = np.searchsorted(starts, position, side="right") - 1
+        return f"Record {position - starts[shard]} of {info.filepaths[shard]}"
+
+    def fetch(positions: range) -> list[bytes]:
+        try:
+            return records.__getitems__(list(positions))
+        except Exception as error:
+            if len(positions) > 1:  # Read one by one, to name the first damaged record.
+                return [fetch(range(position, position + 1))[0] for position in positions]
+            raise DatasetError(
+                f"{where(positions[0])} is damaged: {_line(error)} To repair, {remedy}."
+            ) from error
+
+    def read(positions: range):
+        for position, record in zip(positions, fetch(positions), strict=True):
+            try:
+                example = features.deserialize_example_np(record, decoders=decoders)
+                labels[position] = example[label_key]
+                encoded = bytes(example[image_key])
+            except Exception as error:
+                raise DatasetError(f"{where(position)} has no image or label; {remedy}.") from error
+            yield where(position), encoded
+
+    images = base.decode_all(read, info.num_examples, image_size, f"Decoding {builder.name} {split}", remedy)
+    return images, labels
+
+
+def _line(error: Exception) -> str:
+    """An error's message as one line that ends in a full stop, without the prefix that TFDS adds."""
+    text = re.sub('^Failed to construct dataset .*?}": ', "", " ".join(str(error).split()))
+    return (text if len(text) <= 300 else text[:300] + " ...").removesuffix(".") + "."
