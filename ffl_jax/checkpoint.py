@@ -14,7 +14,7 @@ import atexit
 import contextlib
 import fcntl
 import json
-import logging as std_logging
+import logging
 import os
 import re
 import shutil
@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from ffl_jax import manifest
@@ -72,7 +71,7 @@ class Checkpoints:
         with _resource_errors(self.directory):
             self._clean()
         self._worker = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        logging.get_absl_logger().addFilter(_is_news)
+        logging.getLogger("absl").addFilter(_is_news)
         # Not closed, Orbax loses the save and hangs for minutes when Python stops its thread pools.
         # `atexit` comes after that; this, the hook of `concurrent.futures` itself, runs newest first.
         getattr(threading, "_register_atexit", atexit.register)(self.close)
@@ -117,7 +116,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._worker.shutdown()
-            logging.get_absl_logger().removeFilter(_is_news)
+            logging.getLogger("absl").removeFilter(_is_news)
             shutil.rmtree(self._incoming, ignore_errors=True)
 
     def __enter__(self) -> "Checkpoints":
@@ -163,6 +162,12 @@ def steps(directory: str | os.PathLike) -> list[int]:
     return [
         step for step in _numbered(directory) if not manifest.problem(directory / str(step), contents=False)
     ]
+
+
+def exists(directory: str | os.PathLike) -> bool:
+    """Whether steps were ever written here, whole or damaged, set aside or not."""
+    directory = Path(directory).absolute()
+    return bool(_numbered(directory) or _numbered(directory / "quarantine"))
 
 
 def find(directory: str | os.PathLike, step: int | None = None, quarantine: bool = False) -> int:
@@ -298,9 +303,9 @@ def _orbax() -> ocp.Context:
     return context
 
 
-def _is_news(record: std_logging.LogRecord) -> bool:
+def _is_news(record: logging.LogRecord) -> bool:
     """Logging filter: Orbax tells all it does, and an error, which `wait` raises, once for every thread."""
-    return record.levelno == std_logging.WARNING or "/orbax/checkpoint/" not in record.pathname
+    return record.levelno == logging.WARNING or "/orbax/checkpoint/" not in record.pathname
 
 
 def _numbered(directory: Path) -> list[int]:

@@ -36,7 +36,7 @@ def run(command: Callable[[list[str]], None]):
     """Runs `command(arguments)` and ends the process with the contract's exit code."""
     preemption.install()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for talkative in ("jax", "orbax", "matplotlib", "tensorboardX"):
+    for talkative in ("absl", "jax", "matplotlib", "tensorboardX"):  # Orbax and TFDS speak as absl
         logging.getLogger(talkative).setLevel(logging.WARNING)
     debug = "--debug" in sys.argv
     try:
@@ -76,12 +76,16 @@ def parse(values: flags.FlagValues, argv: list[str], usage: str):
     Raises:
       ConfigError: a flag is unknown, or its value of another type, or an argument stands alone.
     """
-    if any(argument in ("--help", "-help", "-h") for argument in argv[1:]):
+    if _wants_help(argv):
         print(f"{usage.strip()}\n\nFlags:\n{_describe(values)}")
         sys.exit(0)
     rest = values(argv)
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
+
+
+def _wants_help(argv):
+    return any(argument in ("--help", "-help", "-h") for argument in argv[1:])
 
 
 def _describe(values):
@@ -91,7 +95,7 @@ def _describe(values):
     return "\n".join(lines)
 
 
-def define_config(values: flags.FlagValues, argv: list[str], default: str):
+def define_config(values: flags.FlagValues, argv: list[str]):
     """Adds `--config=FILE[:PRESETS]` and `--config.KEY=VALUE`, which set what the file gives.
 
     Raises:
@@ -100,6 +104,9 @@ def define_config(values: flags.FlagValues, argv: list[str], default: str):
     """
     from ml_collections import config_flags
 
+    if _wants_help(argv):
+        return
+    default = str(ROOT / "configs" / "digits.py")
     argv[:] = [_resolve(argument) for argument in argv]
     chosen = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
     path = Path((chosen[-1] if chosen else default).split(":", 1)[0])

@@ -1,13 +1,17 @@
 """Scores a whole split: every example exactly once, whatever its size and the number of devices."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from ffl_jax import metrics, steps
+from ffl_jax import checkpoint, data, metrics, steps
+from ffl_jax import config as config_lib
 from ffl_jax import parallel as parallel_lib
 from ffl_jax.data import resident
+from ffl_jax.errors import ConfigError
+from ffl_jax.experiment import Experiment, check_same
 
 
 class Evaluator:
@@ -54,3 +58,39 @@ def _zero_sums(method, image_shape):
         return steps.eval_step({"params": params, **model_state}, batch, method=method)
 
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums))
+
+
+def evaluate_checkpoint(
+    workdir: Path, step: int | None = None, split: str = "test", data_dir: str | None = None
+):
+    """Scores a checkpoint with nothing but what is in it and the dataset; writes nothing.
+
+    Args:
+      workdir: of a finished or running training.
+      step: which checkpoint, kept newest ones and the best; None takes the newest whole one.
+      split: "test", "validation" or "train".
+      data_dir: where the dataset is now; None where the training had it.
+
+    Returns:
+      (step, {prediction: scores}).
+
+    Raises:
+      FFLError: there is no such checkpoint or split, or the data is missing or not what was trained on.
+    """
+    directory = Path(workdir) / "checkpoints"
+    if step is not None and step in checkpoint.steps(directory / "best"):
+        directory = directory / "best"
+    step = checkpoint.find(directory, step)
+    run = checkpoint.load_run(directory, step)
+    config = config_lib.from_json(run["config"])
+    if data_dir is not None:
+        config.data.data_dir = data_dir
+    experiment = Experiment(config, data.load(config.data))
+    check_same(run, experiment, directory / str(step))
+    part = getattr(experiment.dataset, split)
+    if part is None:
+        raise ConfigError(f"{workdir} has no {split} split: it was trained with validation_examples=0.")
+    state = checkpoint.restore(directory, step, experiment.abstract_state())
+    parallel = parallel_lib.Parallel(config.parallel.mode)
+    evaluator = Evaluator(experiment.method, part, experiment.config, parallel)
+    return step, evaluator(parallel.replicate(state))

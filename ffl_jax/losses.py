@@ -1,4 +1,6 @@
-"""Pure per-example losses and ramps that methods share; always in float32 and in log space."""
+"""Pure per-example losses and ramps that methods share: in log space and float32, whatever networks use."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import jax.numpy as jnp
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log softmax(logits)[label]: [..., B, C] and int [B] -> [..., B]."""
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    log_probabilities = _log_softmax(logits)
     labels = jnp.broadcast_to(labels, logits.shape[:-1])
     return -jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
 
@@ -22,10 +24,10 @@ def kl_divergence(
       temperature: softens both sides.
       smoothing: added to every target probability, which is not normalised again (FFL's released code: 1e-7).
     """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    log_q = jax.nn.log_softmax(target_logits.astype(jnp.float32) / temperature)
+    log_p = _log_softmax(logits, temperature)
+    log_q = _log_softmax(target_logits, temperature)
     if smoothing:
-        log_q = jnp.logaddexp(log_q, jnp.log(jnp.float32(smoothing)))
+        log_q = jnp.logaddexp(log_q, math.log(smoothing))
     return temperature**2 * (jnp.exp(log_q) * (log_q - log_p)).sum(axis=-1)
 
 
@@ -35,3 +37,9 @@ def sigmoid_rampup(epoch: jax.Array, rampup_epochs: float) -> jax.Array:
         return jnp.ones_like(epoch, jnp.float32)
     progress = jnp.clip(epoch / rampup_epochs, 0.0, 1.0)
     return jnp.exp(-5.0 * (1.0 - progress) ** 2)
+
+
+def _log_softmax(logits, temperature=1.0):
+    # At least float32: float64 stays, so that tests can look past rounding.
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return jax.nn.log_softmax(logits / temperature)

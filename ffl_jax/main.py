@@ -17,8 +17,7 @@ embedded digits data.
 def command(argv: list[str]):
     values = cli.new_flags()
     flags.DEFINE_string("workdir", None, "Where the run is written; runs/... by default.", flag_values=values)
-    if not any(argument in ("--help", "-help", "-h") for argument in argv):
-        cli.define_config(values, argv, default=str(cli.ROOT / "configs" / "digits.py"))
+    cli.define_config(values, argv)
     cli.parse(values, argv, USAGE)
 
     from ffl_jax import train

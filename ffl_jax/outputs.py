@@ -20,8 +20,11 @@ def write_json(path: Path, values: dict):
 
 
 def read_json(path: Path) -> dict:
-    """What `write_json` wrote."""
-    return json.loads(path.read_text())
+    """What `write_json` wrote; {} if the file is missing or not ours."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 class MetricsLog:

@@ -85,10 +85,10 @@ class Parallel:
             )
 
     def replicate(self, tree):
-        """Puts a tree of host or one-device arrays on every device."""
+        """Copies a tree of host or one-device arrays to every device; donating the copies leaves it whole."""
 
         def put(x):
-            x = jnp.asarray(x)
+            x = jnp.array(x, copy=True)  # device_put alone shares the memory where it can
             if self.mode == "pmap":  # pmap wants the copies along a leading axis
                 x = jnp.broadcast_to(x[None], (self.num_devices, *x.shape))
             return jax.device_put(x, self._sharding)

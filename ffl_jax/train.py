@@ -1,8 +1,9 @@
 """The training loop: data, state, step, log, evaluate, checkpoint; no maths."""
 
-import functools
+import contextlib
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,69 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ffl_jax import checkpoint, cost, data, methods, metrics, optimizers, outputs, preemption, steps
+from ffl_jax import checkpoint, cost, data, metrics, outputs, preemption, steps
 from ffl_jax import config as config_lib
 from ffl_jax import parallel as parallel_lib
 from ffl_jax.data import resident
-from ffl_jax.errors import CheckpointError, DatasetError, NonFiniteError
+from ffl_jax.errors import NonFiniteError, ResourceError
 from ffl_jax.evaluation import Evaluator
+from ffl_jax.experiment import RUN_FORMAT, Experiment, check_same, versions
 from ffl_jax.progress import Progress
-
-RUN_FORMAT = 1
-
-
-class Experiment:
-    """What a configuration and a dataset determine, before any number is trained."""
-
-    def __init__(self, config: ConfigDict, dataset):
-        if len(dataset.train.labels) < config.batch_size:
-            raise DatasetError(
-                f"{dataset.name}: {len(dataset.train.labels)} training examples are fewer than one batch: "
-                f"set config.batch_size to at most that, now {config.batch_size}."
-            )
-        self.config = resolve(config, dataset)
-        self.dataset = dataset
-        self.image_shape = dataset.train.images.shape[1:]
-        self.method = methods.build(config, len(dataset.class_names))
-        self.steps_per_epoch = resident.steps_per_epoch(len(dataset.train.labels), config.batch_size)
-        key = jax.random.key(config.seed)
-        params, _ = jax.eval_shape(
-            functools.partial(steps.init_variables, self.method, image_shape=self.image_shape), key
-        )
-        self.optimizers = optimizers.make_optimizers(
-            self.method.trains,
-            params,
-            config.optimizer,
-            config.optimizer_rules,
-            self.steps_per_epoch,
-            config.epochs,
-        )
-        self._init = functools.partial(
-            steps.create_state, self.method, self.optimizers, key, image_shape=self.image_shape
-        )
-
-    def initial_state(self) -> steps.TrainState:
-        """The state before the first step, on one device."""
-        return jax.jit(self._init)()
-
-    def abstract_state(self) -> steps.TrainState:
-        """Its shapes and types."""
-        return jax.eval_shape(self._init)
-
-
-def resolve(config: ConfigDict, dataset) -> ConfigDict:
-    """The configuration with what depends on the data filled in: the channels' mean and std."""
-    config = ConfigDict(config)
-    if not config.data.mean:
-        # Whole sums of integers, so that the order of the images does not matter.
-        images = dataset.train.images.reshape(-1, 3)
-        sums = images.sum(axis=0, dtype=np.uint64)
-        squares = np.array([np.square(images[:, c], dtype=np.uint64).sum() for c in range(3)], np.float64)
-        mean = sums / len(images)
-        std = np.sqrt(np.maximum(squares / len(images) - mean**2, 1.0))
-        config.data.mean = tuple(float(x) for x in mean / 255)
-        config.data.std = tuple(float(x) for x in std / 255)
-    return config
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict:
@@ -92,7 +38,14 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
 
 
 class _Run:
-    """One training in one folder."""
+    """One training in one folder.
+
+    Attributes:
+      best: {"step", "epoch", "validation_top1", "predictors"} of the epoch that the validation split prefers;
+        None without one.
+      evaluated_step: the last step that was evaluated, -1 at first.
+      scores: {split: {prediction: scores}} there.
+    """
 
     def __init__(self, config, workdir, parallel):
         self.workdir, self.parallel = workdir, parallel
@@ -108,8 +61,7 @@ class _Run:
 
     def restore(self):
         """(state, bytes of the log) to continue from: of the newest whole checkpoint, or of a new run."""
-        fresh = not self.directory.exists() or not any(self.directory.iterdir())
-        if fresh or (not checkpoint.steps(self.directory) and not (self.workdir / "metrics.jsonl").exists()):
+        if not checkpoint.exists(self.directory):
             return self.experiment.initial_state(), 0
         step = checkpoint.find(self.directory, quarantine=True)
         run = checkpoint.load_run(self.directory, step)
@@ -119,26 +71,8 @@ class _Run:
         logging.info("Continuing from step %d of %d.", step, self.total_steps)
         return state, run["metrics_bytes"]
 
-    def run_record(self, metrics_bytes: int) -> dict:
-        """What is saved beside the state."""
-        return {
-            "format": RUN_FORMAT,
-            "config": config_lib.to_json(self.config),
-            "dataset": {
-                "fingerprint": self.experiment.dataset.fingerprint,
-                "train_examples": len(self.experiment.dataset.train.labels),
-                "class_names": list(self.experiment.dataset.class_names),
-                "image_shape": list(self.experiment.image_shape),
-            },
-            "best": self.best,
-            "evaluated_step": self.evaluated_step,
-            "scores": self.scores,
-            "metrics_bytes": metrics_bytes,
-            "versions": versions(),
-            "devices": self.parallel.num_devices,
-        }
-
     def save(self, checkpoints, step: int, state, log):
+        """Begins to save; raises NonFiniteError instead where the state is beyond use."""
         log.sync()
         host_state = self.parallel.fetch(state)
         broken = [
@@ -148,7 +82,35 @@ class _Run:
         ]
         if broken:
             raise self.diverged(step, broken)
-        checkpoints.save(step, host_state, self.run_record(log.size))
+        dataset = self.experiment.dataset
+        run = {
+            "format": RUN_FORMAT,
+            "config": config_lib.to_json(self.config),
+            "dataset": {
+                "fingerprint": dataset.fingerprint,
+                "train_examples": len(dataset.train.labels),
+                "class_names": list(dataset.class_names),
+                "image_shape": list(self.experiment.image_shape),
+            },
+            "best": self.best,
+            "evaluated_step": self.evaluated_step,
+            "scores": self.scores,
+            "metrics_bytes": log.size,
+            "versions": versions(),
+            "devices": self.parallel.num_devices,
+        }
+        checkpoints.save(step, host_state, run)
+
+    def check_space(self):
+        """Raises ResourceError now, not after an epoch, where the checkpoints cannot fit."""
+        leaves = jax.tree.leaves(self.experiment.abstract_state())
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) * (self.config.checkpoint.keep + 1)
+        free = shutil.disk_usage(self.workdir).free
+        if free < needed:
+            raise ResourceError(
+                f"{self.workdir} has {free / 1e6:.1f} MB free, but {self.config.checkpoint.keep} checkpoints "
+                f"and the next one need {needed / 1e6:.1f} MB: free space, or choose another --workdir."
+            )
 
     def diverged(self, step: int, names: list[str]) -> NonFiniteError:
         kept = checkpoint.steps(self.directory)
@@ -190,16 +152,23 @@ class _Run:
         step = int(state.step)
         if step >= self.total_steps and self.evaluated_step == step:
             logging.info("%s is complete: %d epochs. Nothing to do.", self.workdir, self.config.epochs)
-            return outputs.read_json(self.workdir / "summary.json")
+            summary = outputs.read_json(self.workdir / "summary.json")
+            if summary.get("status") == "completed" and summary.get("step") == step:
+                return summary
+            return self.write_summary("completed", step, None)  # it was killed just before
+        self.check_space()
         outputs.write_json(self.workdir / "config.json", config_lib.to_json(self.config))
         log = outputs.MetricsLog(self.workdir, metrics_bytes, step)
         progress = Progress(self.total_steps, step, self.config.batch_size, self.experiment.steps_per_epoch)
         try:
-            with (
-                preemption.deferred(),
-                checkpoint.Checkpoints(self.directory, self.config.checkpoint.keep) as checkpoints,
-            ):
-                step = self.loop(self.parallel.replicate(state), step, log, progress, checkpoints)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(preemption.deferred())
+                writers = {"newest": checkpoint.Checkpoints(self.directory, self.config.checkpoint.keep)}
+                if self.experiment.dataset.validation is not None:
+                    writers["best"] = checkpoint.Checkpoints(self.directory / "best", keep=1)
+                for writer in writers.values():
+                    stack.enter_context(writer)
+                step = self.loop(self.parallel.replicate(state), step, log, progress, writers)
         except NonFiniteError:
             self.write_summary("diverged", progress.step, progress.images_per_second)
             raise
@@ -212,8 +181,8 @@ class _Run:
             raise preemption.stop(step)
         return summary
 
-    def loop(self, state, step, log, progress, checkpoints) -> int:
-        """Trains from `step` until the end, or until a signal; returns the last step, which is saved."""
+    def loop(self, state, step, log, progress, writers) -> int:
+        """Trains from `step` to the end, or until a signal; returns the last step, which is being saved."""
         config, dataset, per_epoch = self.config, self.experiment.dataset, self.experiment.steps_per_epoch
         examples = self.parallel.replicate((dataset.train.images, dataset.train.labels))
         train_step, epoch_order = self.programs()
@@ -222,20 +191,19 @@ class _Run:
             for name, split in (("validation", dataset.validation), ("test", dataset.test))
             if split is not None
         }
-        order = None
-        saved = step if checkpoint.steps(self.directory) else -1
+        order, saved = None, step
         while True:
             epoch, position = divmod(step, per_epoch)
             last = step == self.total_steps
-            evaluation_due = position == 0 and (epoch % config.evaluation.every_epochs == 0 or last)
-            if evaluation_due and step > 0 and self.evaluated_step < step and not preemption.requested():
-                self.evaluate(evaluators, state, step, log, checkpoints)
+            due = position == 0 and (epoch % config.evaluation.every_epochs == 0 or last)
+            if due and self.evaluated_step < step > 0 and not preemption.requested():
+                self.evaluate(evaluators, state, step, log, writers)
                 progress.restart_clock()
-            save_due = position == 0 and (epoch % config.checkpoint.every_epochs == 0 or last)
-            save_due |= config.checkpoint.every_steps > 0 and step % config.checkpoint.every_steps == 0
+            due = position == 0 and (epoch % config.checkpoint.every_epochs == 0 or last)
+            due |= config.checkpoint.every_steps > 0 and step % config.checkpoint.every_steps == 0
             stopping = preemption.requested()
-            if step > 0 and saved != step and (save_due or stopping):
-                self.save(checkpoints, step, state, log)
+            if saved != step and (due or stopping):
+                self.save(writers["newest"], step, state, log)
                 saved = step
             if last or stopping:
                 return step
@@ -290,7 +258,7 @@ class _Run:
         if progress.images_per_second:
             log.write_speed(step, progress.images_per_second)
 
-    def evaluate(self, evaluators, state, step: int, log, checkpoints):
+    def evaluate(self, evaluators, state, step: int, log, writers):
         """Scores every split, draws the curves, keeps the state if it is the best on the validation split."""
         epoch = step / self.experiment.steps_per_epoch
         self.scores = {split: evaluator(state) for split, evaluator in evaluators.items()}
@@ -301,47 +269,13 @@ class _Run:
         self.evaluated_step = step
         if "validation" in self.scores:
             top1 = self.scores["validation"][self.experiment.method.headline]["top1"]
-            if math.isfinite(top1) and (self.best is None or top1 > self.best["validation_top1"]):
-                predictors = self.scores["test"]
-                self.best = {"step": step, "epoch": epoch, "validation_top1": top1, "predictors": predictors}
-                with checkpoint.Checkpoints(self.directory / "best", keep=1) as best:
-                    self.save(best, step, state, log)
+            if self.best is None or top1 > self.best["validation_top1"]:
+                scores = self.scores["test"]
+                self.best = {"step": step, "epoch": epoch, "validation_top1": top1, "predictors": scores}
+                self.save(writers["best"], step, state, log)
         title = f"{self.config.method.name} · {self.config.subnetworks.network} · {self.config.data.name}"
         outputs.draw_curves(self.workdir, title)
 
 
 def _by_name(scores: dict[str, dict[str, float]]) -> dict[str, float]:
     return {f"{name}/{score}": value for name, one in scores.items() for score, value in one.items()}
-
-
-def check_same(run: dict, experiment: Experiment, where: Path):
-    """Raises CheckpointError, listing the differences, unless a checkpoint belongs to this experiment."""
-    if run["format"] != RUN_FORMAT:
-        raise CheckpointError(
-            f"{where} has format {run['format']} (written with {run['versions']}); "
-            f"this version reads {RUN_FORMAT}."
-        )
-    stored, current = (
-        config_lib.fixed_part(values) for values in (run["config"], config_lib.to_json(experiment.config))
-    )
-    different = checkpoint.differences({"config": stored}, {"config": current})
-    fingerprint = experiment.dataset.fingerprint
-    if run["dataset"]["fingerprint"] != fingerprint:
-        old, new = run["dataset"]["train_examples"], len(experiment.dataset.train.labels)
-        different.append(
-            f"dataset: fingerprint {run['dataset']['fingerprint'][:12]} ({old} training examples) in the "
-            f"checkpoint, {fingerprint[:12]} ({new}) now"
-        )
-    if different:
-        raise CheckpointError(
-            f"{where} belongs to another run: {'; '.join(different)}. "
-            "Undo the change, or choose another --workdir."
-        )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    from importlib.metadata import version
-
-    packages = ("ffl-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {name: version(name) for name in packages}

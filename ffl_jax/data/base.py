@@ -10,8 +10,9 @@ import numpy as np
 import tqdm
 
 from ffl_jax.errors import DatasetError, ResourceError
+from ffl_jax.registry import Registry
 
-SOURCES: dict[str, Callable] = {}
+SOURCES = Registry("dataset")  # of functions load(config) -> (train Split, test Split, class names)
 _CHUNK = 256  # images per task: large enough that handing tasks to threads costs nothing
 # Wrongly named files are common, so a few more formats than the extensions say; none that runs a program.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
@@ -35,16 +36,6 @@ class Dataset:
     class_names: tuple[str, ...]
     fingerprint: str
     validation: Split | None = None
-
-
-def register(name: str):
-    """Registers `load(config) -> (train, test, class_names)` under the name that configs use."""
-
-    def decorator(load):
-        SOURCES[name] = load
-        return load
-
-    return decorator
 
 
 def digest(*parts: str | np.ndarray) -> str:

@@ -1,6 +1,7 @@
 """Decoded datasets on disk, so that an image is decoded once and not at every start."""
 
 import contextlib
+import logging
 import os
 import pathlib
 import re
@@ -8,7 +9,6 @@ import uuid
 from collections.abc import Callable
 
 import numpy as np
-from absl import logging
 
 from ffl_jax.data import base
 

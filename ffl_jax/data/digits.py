@@ -6,7 +6,7 @@ from ffl_jax.data import base
 from ffl_jax.errors import ConfigError
 
 
-@base.register("digits")
+@base.SOURCES.register("digits")
 def load(config) -> tuple[base.Split, base.Split, tuple[str, ...]]:
     """Grey values 0 .. 16 are scaled to 0 .. 255 and repeated over three channels.
 

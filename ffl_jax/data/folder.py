@@ -12,7 +12,7 @@ _EXTENSIONS = (".png", ".jpg", ".jpeg")
 _LAYOUT = "it must hold train/<class>/* and test/<class>/* with PNG or JPEG files"
 
 
-@base.register("folder")
+@base.SOURCES.register("folder")
 def load(config) -> tuple[base.Split, base.Split, tuple[str, ...]]:
     """Reads `config.data_dir`; class names are the folder names, sorted, and files are sorted within a class.
 

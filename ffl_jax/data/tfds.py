@@ -7,12 +7,13 @@ import contextlib
 import difflib
 import errno
 import importlib.util
+import logging
 import os
 import pathlib
 import re
 
 import numpy as np
-from absl import logging
+from absl import logging as absl_logging
 
 from ffl_jax.data import base, cache
 from ffl_jax.errors import ConfigError, DatasetError, ResourceError
@@ -101,12 +102,12 @@ def _builder(config):
 @contextlib.contextmanager
 def _quiet():
     """Keeps what TFDS logs on its way to an answer off the terminal: refusals are one line."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        absl_logging.set_verbosity(verbosity)
 
 
 def _prepare(builder, config):

@@ -1,0 +1,91 @@
+"""Says what this machine has and what is missing: `python -m ffl_jax.doctor [--config=configs/DATA.py]`."""
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from ffl_jax import cli
+from ffl_jax.errors import FFLError
+
+USAGE = """
+python -m ffl_jax.doctor [--config=configs/DATA.py[:PRESETS]] [--workdir=DIR] [--config.KEY=VALUE ...]
+
+Prints versions, devices, free space, whether the configuration is sound and its dataset found, and what to
+run next. Writes nothing but the cache of the decoded dataset. Ends with the exit code that training would be
+refused with.
+"""
+
+
+def command(argv: list[str]):
+    values = cli.new_flags()
+    flags.DEFINE_string("workdir", None, "Where the run would be written.", flag_values=values)
+    cli.define_config(values, argv)
+    cli.parse(values, argv, USAGE)
+    config = values.config
+    workdir = Path(values.workdir or cli.default_workdir(config))
+
+    import jax
+
+    from ffl_jax import config as config_lib
+    from ffl_jax import data, experiment, parallel
+    from ffl_jax.data import cache
+
+    _say("Python", f"{platform.python_version()} in {sys.prefix}")
+    _say("versions", ", ".join(f"{name} {version}" for name, version in experiment.versions().items()))
+    devices = jax.local_devices()
+    _say(
+        "devices",
+        f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), {os.cpu_count()} CPUs",
+    )
+    for title, path in (("workdir", workdir), ("data cache", cache.directory(config.data.cache_dir))):
+        _say(title, f"{path}: {shutil.disk_usage(_existing(path)).free / 1e9:.1f} GB free")
+
+    failure = None
+    for title, check in (
+        ("configuration", lambda: _check_configuration(config, config_lib, parallel)),
+        ("dataset", lambda: _check_dataset(config, data, experiment)),
+    ):
+        try:
+            _say(title, check())
+        except FFLError as error:
+            failure = failure or error
+            _say(title, f"NOT USABLE: {error}")
+    if failure:
+        raise failure
+    chosen = [argument for argument in argv[1:] if argument.startswith("--config")]
+    _say("run next", " ".join(["python -m ffl_jax.main", *chosen, f"--workdir={workdir}"]))
+
+
+def _check_configuration(config, config_lib, parallel):
+    config_lib.check(config)
+    parallel.Parallel(**config.parallel).check_batch_size(config.batch_size)
+    names = " + ".join(config_lib.network_names(config))
+    return f"{config.method.name} with {names}, {config.epochs} epochs of batch {config.batch_size}"
+
+
+def _check_dataset(config, data, experiment):
+    dataset = data.load(config.data)
+    made = experiment.Experiment(config, dataset)
+    height, width, _ = made.image_shape
+    held_out = f", validation {len(dataset.validation.labels)}" if dataset.validation else ""
+    return (
+        f"{dataset.name}: train {len(dataset.train.labels)}{held_out}, test {len(dataset.test.labels)} "
+        f"images of {height}x{width}, {len(dataset.class_names)} classes, {made.steps_per_epoch} steps an epoch"
+    )
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)
+
+
+def _say(title: str, text: str):
+    print(f"{title + ':':15} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(command)

@@ -1,0 +1,101 @@
+"""What a configuration and a dataset determine before any number is trained."""
+
+import functools
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ffl_jax import __version__, checkpoint, methods, optimizers, steps
+from ffl_jax import config as config_lib
+from ffl_jax.data import resident
+from ffl_jax.errors import CheckpointError, DatasetError
+
+RUN_FORMAT = 1
+
+
+class Experiment:
+    """What a configuration and a dataset determine, before any number is trained."""
+
+    def __init__(self, config: ConfigDict, dataset):
+        if len(dataset.train.labels) < config.batch_size:
+            raise DatasetError(
+                f"{dataset.name}: {len(dataset.train.labels)} training examples are fewer than one batch: "
+                f"set config.batch_size to at most that, now {config.batch_size}."
+            )
+        self.config = resolve(config, dataset)
+        self.dataset = dataset
+        self.image_shape = dataset.train.images.shape[1:]
+        self.method = methods.build(config, len(dataset.class_names))
+        self.steps_per_epoch = resident.steps_per_epoch(len(dataset.train.labels), config.batch_size)
+        key = jax.random.key(config.seed)
+        params, _ = jax.eval_shape(
+            functools.partial(steps.init_variables, self.method, image_shape=self.image_shape), key
+        )
+        self.optimizers = optimizers.make_optimizers(
+            self.method.trains,
+            params,
+            config.optimizer,
+            config.optimizer_rules,
+            self.steps_per_epoch,
+            config.epochs,
+        )
+        self._init = functools.partial(
+            steps.create_state, self.method, self.optimizers, key, image_shape=self.image_shape
+        )
+
+    def initial_state(self) -> steps.TrainState:
+        """The state before the first step, on one device."""
+        return jax.jit(self._init)()
+
+    def abstract_state(self) -> steps.TrainState:
+        """Its shapes and types."""
+        return jax.eval_shape(self._init)
+
+
+def resolve(config: ConfigDict, dataset) -> ConfigDict:
+    """The configuration with what depends on the data filled in: the channels' mean and std."""
+    config = ConfigDict(config)
+    if not config.data.mean:
+        # Whole sums of integers, so that the order of the images does not matter.
+        images = dataset.train.images.reshape(-1, 3)
+        sums = images.sum(axis=0, dtype=np.uint64)
+        squares = np.array([np.square(images[:, c], dtype=np.uint64).sum() for c in range(3)], np.float64)
+        mean = sums / len(images)
+        std = np.sqrt(np.maximum(squares / len(images) - mean**2, 1.0))
+        config.data.mean = tuple(float(x) for x in mean / 255)
+        config.data.std = tuple(float(x) for x in std / 255)
+    return config
+
+
+def check_same(run: dict, experiment: Experiment, where: Path):
+    """Raises CheckpointError, listing the differences, unless a checkpoint belongs to this experiment."""
+    if run["format"] != RUN_FORMAT:
+        raise CheckpointError(
+            f"{where} has format {run['format']} (written with {run['versions']}); "
+            f"this version reads {RUN_FORMAT}."
+        )
+    stored, current = (
+        config_lib.fixed_part(values) for values in (run["config"], config_lib.to_json(experiment.config))
+    )
+    different = checkpoint.differences({"config": stored}, {"config": current})
+    fingerprint = experiment.dataset.fingerprint
+    if run["dataset"]["fingerprint"] != fingerprint:
+        old, new = run["dataset"]["train_examples"], len(experiment.dataset.train.labels)
+        different.append(
+            f"dataset: fingerprint {run['dataset']['fingerprint'][:12]} ({old} training examples) in the "
+            f"checkpoint, {fingerprint[:12]} ({new}) now"
+        )
+    if different:
+        raise CheckpointError(
+            f"{where} belongs to another run: {'; '.join(different)}. "
+            "Undo the change, or choose another --workdir."
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"ffl_jax": __version__} | {name: metadata.version(name) for name in packages}

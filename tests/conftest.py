@@ -1,0 +1,50 @@
+"""Fixtures: the project's commands in processes of their own, as users run them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Commands:
+    """Starts `python -m ffl_jax.MODULE` and scripts, on the CPU, with caches that the tests share."""
+
+    def __init__(self, cache: pathlib.Path):
+        self._environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XDG_CACHE_HOME": str(cache),
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def start(self, *command: str, devices: int = 1, cwd=None, env=None) -> subprocess.Popen:
+        """Starts `python COMMAND` with that many devices; standard output and error are kept."""
+        environment = self._environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | (env or {}),
+            cwd=cwd,
+        )
+
+    def run(self, *command: str, code: int = 0, **options) -> subprocess.CompletedProcess:
+        """Runs to the end and checks the exit code; other than 0 must be one line, without a traceback."""
+        process = self.start(*command, **options)
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == code, f"exit code {process.returncode}\n{output}\n{errors}"
+        assert "Traceback" not in errors, errors
+        if code:
+            assert errors.splitlines()[-1].startswith("error: "), errors
+        return subprocess.CompletedProcess(command, code, output, errors)
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory) -> Commands:
+    return Commands(tmp_path_factory.mktemp("cache"))

@@ -1,0 +1,72 @@
+"""One and several devices, pmap and shard_map, compute the same: in float64, where rounding hides nothing."""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ffl_jax import parallel
+from ffl_jax.errors import ConfigError
+
+SCRIPT = pathlib.Path(__file__).parent / "parallel_script.py"
+
+
+@pytest.fixture(scope="module")
+def results(commands, tmp_path_factory):
+    """{(mode, devices): {path: array}} after four steps."""
+    path = tmp_path_factory.mktemp("parallel") / "results.npz"
+    commands.run(SCRIPT, path, devices=8)
+    grouped = {}
+    for name, value in np.load(path).items():
+        mode, devices, leaf = name.split(" ", 2)
+        grouped.setdefault((mode, int(devices)), {})[leaf] = value
+    return grouped
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("mode", parallel.MODES)
+def test_devices_agree(results, mode, devices):
+    """Parameters, batch statistics, momenta, logs; were statistics not synchronised, they differed by percents."""
+    one, several = results[mode, 1], results[mode, devices]
+    assert one.keys() == several.keys()
+    for leaf, expected in one.items():
+        # Scores and the ramp are float32 in any case.
+        single = "predictions" in leaf or "distillation_weight" in leaf
+        rtol, atol = (1e-6, 1e-6) if single else (1e-10, 1e-12)
+        np.testing.assert_allclose(several[leaf], expected, rtol=rtol, atol=atol, err_msg=leaf)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_modes_agree(results, devices):
+    for leaf, expected in results["pmap", devices].items():
+        actual = results["shard_map", devices][leaf]
+        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12, err_msg=leaf)
+
+
+def test_training_moved_everything(results):
+    """Else equal numbers would say little."""
+    momenta = [value for leaf, value in results["pmap", 1].items() if "trace" in leaf]
+    assert len(momenta) == len([leaf for leaf in results["pmap", 1] if leaf.startswith("[0]")]) > 30
+    assert all(np.abs(value).max() > 0 for value in momenta)
+
+
+def test_outside_a_mapped_program_nothing_is_joined():
+    assert parallel.axis_name() is None
+    x = jnp.arange(4.0)
+    for function in (parallel.mean, parallel.sum, parallel.share):
+        np.testing.assert_array_equal(function(x), x)
+
+
+def test_indivisible_batch_names_the_nearest_sizes(commands):
+    code = "from ffl_jax import parallel; parallel.Parallel().check_batch_size(10)"
+    process = commands.start("-c", code, devices=4)
+    assert "set config.batch_size to 8 or 12" in process.communicate()[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"), [({"mode": "pjit"}, "pmap, shard_map"), ({"num_devices": 2}, "1 device")]
+)
+def test_bad_settings(settings, text):
+    with pytest.raises(ConfigError, match=text):
+        parallel.Parallel(**settings)

@@ -1,0 +1,243 @@
+"""Whole runs as users start them: killed, stopped and moved ones must end like one that was left alone."""
+
+import json
+import pathlib
+import random
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from ffl_jax import checkpoint, config, data
+from ffl_jax.experiment import Experiment
+
+# 2 epochs of 90 steps on the digits, saved and logged at odd places.
+SETTINGS = (
+    "--config.epochs=2",
+    "--config.batch_size=16",
+    "--config.data.validation_examples=10",
+    "--config.evaluation.every_epochs=1",
+    "--config.checkpoint.every_steps=4",
+    "--config.log_every_steps=7",
+)
+STEPS = 2 * 90  # ceil(1427 / 16) = 90
+
+
+def arguments(workdir):
+    return ("-m", "ffl_jax.main", f"--workdir={workdir}", *SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def reference(commands, tmp_path_factory):
+    """The run that was never stopped."""
+    workdir = tmp_path_factory.mktemp("reference")
+    commands.run(*arguments(workdir))
+    return workdir
+
+
+def final_state(workdir: pathlib.Path):
+    directory = workdir / "checkpoints"
+    step = checkpoint.find(directory)
+    run = checkpoint.load_run(directory, step)
+    settings = config.from_json(run["config"])
+    experiment = Experiment(settings, data.load(settings.data))
+    return step, run, checkpoint.restore(directory, step, experiment.abstract_state())
+
+
+def assert_same_run(actual, expected):
+    """Every array, every line of the log, every number of the summary but the speed: bit for bit."""
+    assert (actual / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+    (step, run, state), (expected_step, expected_run, expected_state) = map(final_state, (actual, expected))
+    assert step == expected_step == STEPS
+    assert run == expected_run
+    state, expected_state = (
+        jax.tree.map(np.asarray, s.replace(rng=jax.random.key_data(s.rng))) for s in (state, expected_state)
+    )
+    leaves, expected_leaves = (jax.tree_util.tree_leaves_with_path(s) for s in (state, expected_state))
+    assert len(leaves) == len(expected_leaves) > 100
+    for (path, leaf), (_, expected_leaf) in zip(leaves, expected_leaves, strict=True):
+        np.testing.assert_array_equal(leaf, expected_leaf, err_msg=jax.tree_util.keystr(path))
+    summary, expected_summary = (json.loads((w / "summary.json").read_text()) for w in (actual, expected))
+    for one in (summary, expected_summary):
+        del one["images_per_second"]
+    assert summary == expected_summary
+    assert summary["status"] == "completed"
+
+
+def wait_for_lines(workdir, count, process):
+    """Until the log has `count` lines, that is, training is under way."""
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= count):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+
+
+def test_files_of_a_run(reference):
+    names = {path.name for path in reference.iterdir()}
+    assert names >= {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "tensorboard",
+        "curves.png",
+    }
+    summary = json.loads((reference / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert (summary["step"], summary["epoch"], summary["seed"]) == (STEPS, 2.0, 0)
+    assert summary["networks"] == ["resnet8", "resnet8"]
+    assert (summary["method"], summary["dataset"], summary["deploy"]) == ("ffl", "digits", "sub_0")
+    assert summary["predictors"].keys() == {"sub_0", "sub_1", "ensemble", "fused"}
+    for scores in summary["predictors"].values():
+        assert scores.keys() == {"top1", "top5", "nll", "ece", "parameters", "flops"}
+        assert scores["top1"] > 0.8
+    assert summary["images_per_second"] > 0
+    rows = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    trained = [row["step"] for row in rows if row["split"] == "train"]
+    assert trained == sorted({*range(7, STEPS + 1, 7), 90, STEPS})
+    for split in ("validation", "test"):
+        assert [row["step"] for row in rows if row["split"] == split] == [90, STEPS]
+        assert {"fused/top1", "fused/top5", "sub_1/nll", "ensemble/ece"} <= rows[-1].keys()
+    terms = ("cross_entropy/sub_0", "distillation/fused", "distillation_weight", "loss")
+    assert all(term in rows[0] for term in terms)
+    # The best epoch is that of the validation split, the first one among equals.
+    validation = {row["step"]: row["sub_0/top1"] for row in rows if row["split"] == "validation"}
+    assert summary["best"]["step"] == max(validation, key=lambda step: (validation[step], -step))
+    assert checkpoint.steps(reference / "checkpoints" / "best") == [summary["best"]["step"]]
+    assert checkpoint.steps(reference / "checkpoints") == [STEPS - 4, STEPS]
+    events = next((reference / "tensorboard").iterdir())
+    assert b"train/cross_entropy/sub_0" in events.read_bytes()
+    assert (reference / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_second_start_says_complete_and_writes_nothing(commands, reference):
+    def snapshot():
+        return {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.name != ".lock"}
+
+    before = snapshot()
+    result = commands.run(*arguments(reference))
+    assert "complete" in result.stderr
+    assert snapshot() == before
+
+
+def test_killed_at_random_moments(commands, reference, tmp_path):
+    """SIGKILL five times or more, some while training, some anywhere from the start of the process."""
+    moments = random.Random(0)
+    kills = 0
+    for kill in range(6):
+        process = commands.start(*arguments(tmp_path))
+        if kill % 3 == 2:
+            time.sleep(moments.uniform(0, 8))
+        else:
+            wait_for_lines(tmp_path, 1, process)
+            # The log's size is that of the last start at first; it grows once steps are done.
+            time.sleep(moments.uniform(0, 6))
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    result = commands.run(*arguments(tmp_path))
+    assert kills >= 5, "the run was over too soon to be killed"
+    assert "Continuing from step" in result.stderr
+    assert_same_run(tmp_path, reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_ends_with_75(commands, reference, tmp_path, number):
+    process = commands.start(*arguments(tmp_path))
+    wait_for_lines(tmp_path, 2, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75, errors
+    assert "run the same command again" in errors.splitlines()[-1]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "preempted"
+    # Not a step was lost: the signal's own step is saved.
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == summary["step"] < STEPS
+    commands.run(*arguments(tmp_path))
+    assert_same_run(tmp_path, reference)
+
+
+def test_signal_before_training(commands, tmp_path):
+    process = commands.start(*arguments(tmp_path))
+    time.sleep(1.0)  # imports
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode in (75, -signal.SIGTERM), errors  # the latter before our first line ran
+    assert "Traceback" not in errors
+    assert not (tmp_path / "checkpoints").exists() or not checkpoint.steps(tmp_path / "checkpoints")
+
+
+def test_continues_on_another_number_of_devices(commands, reference, tmp_path):
+    first = (*arguments(tmp_path)[:3], "--config.epochs=1", *SETTINGS[1:])
+    commands.run(*first, devices=4)
+    result = commands.run(*arguments(tmp_path), devices=2)
+    assert "Continuing from step 90 of 180" in result.stderr
+    step, run, _ = final_state(tmp_path)
+    assert (step, run["devices"]) == (STEPS, 2)
+
+
+def test_another_run_is_refused(commands, reference):
+    before = (reference / "metrics.jsonl").read_bytes()
+    other = ("--config.seed=7", "--config.optimizer.learning_rate=0.05", "--config.subnetworks.num=3")
+    result = commands.run(*arguments(reference), *other, code=4)
+    error = result.stderr.splitlines()[-1]
+    assert "config.seed: 0 in the checkpoint, 7 now" in error
+    assert "config.optimizer.learning_rate: 0.1 in the checkpoint, 0.05 now" in error
+    assert "config.subnetworks.num: 2 in the checkpoint, 3 now" in error
+    assert (reference / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_runs_in_one_folder_are_refused(commands, tmp_path):
+    first = commands.start(*arguments(tmp_path))
+    wait_for_lines(tmp_path, 1, first)
+    commands.run(*arguments(tmp_path), code=4)
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+
+
+def test_damaged_checkpoint_is_set_aside(commands, reference, tmp_path):
+    """The newest step with one flipped bit: the run falls back to the one before, and still ends the same."""
+    import shutil
+
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    largest = max((tmp_path / f"checkpoints/{STEPS}").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    result = commands.run(*arguments(tmp_path))
+    assert "damaged" in result.stderr
+    assert f"Continuing from step {STEPS - 4}" in result.stderr
+    assert_same_run(tmp_path, reference)
+    assert (tmp_path / f"checkpoints/quarantine/{STEPS}").is_dir()
+
+
+def test_divergence_ends_with_5(commands, tmp_path):
+    """The last good step stays, and no state that is not finite is ever saved."""
+    result = commands.run(*arguments(tmp_path), "--config.optimizer.learning_rate=1e30", code=5)
+    error = result.stderr.splitlines()[-1]
+    assert "at step 2" in error
+    assert "cross_entropy/" in error or "loss" in error
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "diverged"
+    assert not checkpoint.steps(tmp_path / "checkpoints")
+
+
+def test_evaluate_repeats_the_summary(commands, reference):
+    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
+    result = commands.run("-m", "ffl_jax.evaluate", f"--workdir={reference}")
+    assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
+    predictors = json.loads((reference / "summary.json").read_text())["predictors"]
+    rows = [line.split("|") for line in result.stdout.splitlines() if line.startswith("| ")][2:]
+    assert {row[1].strip(): row[2].strip() for row in rows} == {
+        name: f"{100 * scores['top1']:.2f}" for name, scores in predictors.items()
+    }
+    best = json.loads((reference / "summary.json").read_text())["best"]["step"]
+    result = commands.run(
+        "-m", "ffl_jax.evaluate", f"--workdir={reference}", f"--step={best}", "--split=train"
+    )
+    assert f"step {best}, train split" in result.stdout
+    commands.run("-m", "ffl_jax.evaluate", f"--workdir={reference}", "--step=1", code=4)
+    commands.run("-m", "ffl_jax.evaluate", f"--workdir={reference / 'nothing'}", code=4)
+    commands.run("-m", "ffl_jax.evaluate", code=2)
