@@ -70,46 +70,39 @@ def _refusal(error: Exception) -> FFLError | None:
     return None
 
 
-def parse(values: flags.FlagValues, argv: list[str], usage: str):
+def parse(values: flags.FlagValues, argv: list[str], usage: str, config: bool = False):
     """Reads the flags; prints `usage` and ends where `--help` is among them.
 
+    Args:
+      values: the command's flags.
+      argv: the command line, `sys.argv`.
+      usage: what `--help` shows first.
+      config: adds `--config=FILE[:PRESETS]` and `--config.KEY=VALUE`, which set what the file gives.
+
     Raises:
-      ConfigError: a flag is unknown, or its value of another type, or an argument stands alone.
+      ConfigError: a flag is unknown, or its value of another type, or an argument stands alone; the file is
+        missing or broken; a key is unknown (the nearest right ones are named).
     """
-    if _wants_help(argv):
-        print(f"{usage.strip()}\n\nFlags:\n{_describe(values)}")
+    if any(argument in ("--help", "-help", "-h") for argument in argv[1:]):
+        described = "\n".join(f"  --{name}: {values[name].help}" for name in sorted(values))
+        print(f"{usage.strip()}\n\nFlags:\n{described}")
         sys.exit(0)
-    rest = values(argv)
+    rest = _parse_config(values, argv) if config else values(argv)
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
 
 
-def _wants_help(argv):
-    return any(argument in ("--help", "-help", "-h") for argument in argv[1:])
-
-
-def _describe(values):
-    lines = []
-    for name in sorted(values):
-        lines.append(f"  --{name}: {values[name].help}")
-    return "\n".join(lines)
-
-
-def define_config(values: flags.FlagValues, argv: list[str]):
-    """Adds `--config=FILE[:PRESETS]` and `--config.KEY=VALUE`, which set what the file gives.
-
-    Raises:
-      ConfigError: the file is missing or broken, a key is unknown (the nearest right ones are named), or a
-        value has another type.
-    """
+def _parse_config(values, argv):
     from ml_collections import config_flags
 
-    if _wants_help(argv):
-        return
-    default = str(ROOT / "configs" / "digits.py")
-    argv[:] = [_resolve(argument) for argument in argv]
-    chosen = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
-    path = Path((chosen[-1] if chosen else default).split(":", 1)[0])
+    given = []
+    for position in reversed(range(1, len(argv))):
+        name, equals, value = argv[position].partition("=")
+        if name == "--config":
+            given.append(value if equals else "".join(argv[position + 1 : position + 2]))
+            del argv[position : position + (1 if equals else 2)]
+    chosen = _resolve(given[0]) if given else str(ROOT / "configs" / "digits.py")
+    path = Path(chosen.split(":", 1)[0])
     if not path.is_file():
         there = sorted(str(file) for file in (ROOT / "configs").glob("*.py") if file.stem != "common")
         raise ConfigError(f"no configuration file {path}: {nearest(str(path), there)}")
@@ -117,35 +110,26 @@ def define_config(values: flags.FlagValues, argv: list[str]):
     if folder not in sys.path:
         sys.path.insert(0, folder)  # for `from configs import common`, from wherever the command is run
     try:
-        config_flags.DEFINE_config_file(
-            "config",
-            default,
-            "FILE[:PRESETS], a file of configs/.",
-            lock_config=True,
-            flag_values=values,
-        )
-        values(argv)
+        # As the default, not as a flag: the overrides are defined anew for each, and absl refuses the second
+        # time. They are read from sys.argv, which `argv` is.
+        config_flags.DEFINE_config_file("config", chosen, "", lock_config=True, flag_values=values)
+        return values(argv)
     except (FFLError, flags.Error):
         raise
     except (AttributeError, KeyError, TypeError) as error:
-        raise _unknown_key(chosen[-1] if chosen else default, argv) or ConfigError(
-            f"{path}: {error}"
-        ) from error
+        raise _unknown_key(chosen, argv) or ConfigError(f"{path}: {error}") from error
     except Exception as error:
         line = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f"{path}: {type(error).__name__}: {error} ({line.filename}:{line.lineno})"
-        ) from error
+        where = f"{line.filename}:{line.lineno}"
+        raise ConfigError(f"{path}: {type(error).__name__}: {error} ({where})") from error
 
 
-def _resolve(argument: str) -> str:
-    """`--config=configs/x.py` works from any folder: what is not there is looked for beside the package."""
-    if not argument.startswith("--config="):
-        return argument
-    path, colon, presets = argument.removeprefix("--config=").partition(":")
+def _resolve(chosen: str) -> str:
+    """`configs/x.py` works from any folder: what is not there is looked for beside the package."""
+    path, colon, presets = chosen.partition(":")
     if not Path(path).exists() and (ROOT / path).exists():
         path = str(ROOT / path)
-    return f"--config={path}{colon}{presets}"
+    return f"{path}{colon}{presets}"
 
 
 def _unknown_key(chosen: str, argv: list[str]) -> ConfigError | None:

@@ -23,8 +23,7 @@ refused with.
 def command(argv: list[str]):
     values = cli.new_flags()
     flags.DEFINE_string("workdir", None, "Where the run would be written.", flag_values=values)
-    cli.define_config(values, argv)
-    cli.parse(values, argv, USAGE)
+    cli.parse(values, argv, USAGE, config=True)
     config = values.config
     workdir = Path(values.workdir or cli.default_workdir(config))
 
@@ -71,10 +70,11 @@ def _check_dataset(config, data, experiment):
     dataset = data.load(config.data)
     made = experiment.Experiment(config, dataset)
     height, width, _ = made.image_shape
-    held_out = f", validation {len(dataset.validation.labels)}" if dataset.validation else ""
+    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    sizes = ", ".join(f"{name} {len(split.labels)}" for name, split in splits.items() if split is not None)
     return (
-        f"{dataset.name}: train {len(dataset.train.labels)}{held_out}, test {len(dataset.test.labels)} "
-        f"images of {height}x{width}, {len(dataset.class_names)} classes, {made.steps_per_epoch} steps an epoch"
+        f"{dataset.name}: {sizes} images of {height}x{width}, {len(dataset.class_names)} classes, "
+        f"{made.steps_per_epoch} steps an epoch"
     )
 
 

@@ -17,8 +17,7 @@ embedded digits data.
 def command(argv: list[str]):
     values = cli.new_flags()
     flags.DEFINE_string("workdir", None, "Where the run is written; runs/... by default.", flag_values=values)
-    cli.define_config(values, argv)
-    cli.parse(values, argv, USAGE)
+    cli.parse(values, argv, USAGE, config=True)
 
     from ffl_jax import train
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import shutil
 from pathlib import Path
 
@@ -75,9 +74,10 @@ class _Run:
         """Begins to save; raises NonFiniteError instead where the state is beyond use."""
         log.sync()
         host_state = self.parallel.fetch(state)
+        self.check_finite(jax.device_get(host_state.record), step)
         broken = [
             jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, leaf in jax.tree_util.tree_leaves_with_path((host_state.params, host_state.model_state))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(host_state.params)
             if not np.isfinite(np.asarray(leaf)).all()
         ]
         if broken:
@@ -111,6 +111,13 @@ class _Run:
                 f"{self.workdir} has {free / 1e6:.1f} MB free, but {self.config.checkpoint.keep} checkpoints "
                 f"and the next one need {needed / 1e6:.1f} MB: free space, or choose another --workdir."
             )
+
+    def check_finite(self, record, step: int):
+        """Raises NonFiniteError, naming the first bad step and its terms, unless all steps were fine."""
+        count, finite = int(record["steps"]), int(record["finite_steps"])
+        if finite < count:
+            terms = record["terms"].items()
+            raise self.diverged(step - count + finite + 1, [name for name, x in terms if not np.isfinite(x)])
 
     def diverged(self, step: int, names: list[str]) -> NonFiniteError:
         kept = checkpoint.steps(self.directory)
@@ -244,11 +251,8 @@ class _Run:
     def record(self, state, step: int, log, progress):
         """Writes the line for the steps since the last one; raises if one of them was not finite."""
         record = jax.device_get(self.parallel.fetch(state.record))
-        count, finite = int(record["steps"]), int(record["finite_steps"])
-        terms = {name: float(total) / count for name, total in record["terms"].items()}
-        if finite < count:
-            broken = [name for name, value in terms.items() if not math.isfinite(value)]
-            raise self.diverged(step - count + finite + 1, broken)
+        self.check_finite(record, step)
+        terms = {name: float(total) / int(record["steps"]) for name, total in record["terms"].items()}
         scores = {name: metrics.classification_scores(sums) for name, sums in record["predictions"].items()}
         log.write(step, step / self.experiment.steps_per_epoch, "train", terms | _by_name(scores))
         headline = scores[self.experiment.method.headline]

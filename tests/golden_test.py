@@ -15,10 +15,11 @@ from ffl_jax import methods, optimizers, subnetworks
 
 DATA = Path(__file__).parent / "data"
 
-# In float64 every number of the reference follows, except that here and there an activation lies so close to zero
-# that the reference's float32 rounding put it on the other side of a ReLU. One such activation of a million
-# changes a gradient by a percent, so each is set to the reference's side: (step, ReLU in the order of the forward
-# pass, index, side). Found as those of |x| < 4e-6 whose side decides whether the rest of the trajectory agrees.
+# In float64 every number of the reference follows, except that here and there an activation lies so close to
+# zero that the reference's float32 rounding put it on the other side of a ReLU. One such activation of a
+# million changes a gradient by a percent, so each is set to the reference's side: (step, ReLU in the order of
+# the forward pass, index, side). Found as those of |x| < 4e-6 whose side decides whether all that follows
+# agrees.
 SIDES = {
     "ffl_resnet8_k2": [(1, 6, (4, 4, 6, 62), -1)],  # 2.1e-7 in float64
     "ffl_resnet8_k3": [(0, 11, (1, 2, 6, 98), 1)],  # -9.0e-7 in float64
@@ -215,8 +216,8 @@ def test_trajectory(name, num, classes, monkeypatch):
 def check_statistics(ours, final):
     """Compares running means, and variances after turning ours into PyTorch's; returns ours, so turned.
 
-    Ours average the biased variance v of M numbers, PyTorch's M / (M - 1) v. After three steps at momentum 0.9 the
-    initial variance of 1 has the weight 0.9**3 in both, and the rest of the sum the factor M / (M - 1).
+    Ours average the biased variance v of M numbers, PyTorch's M / (M - 1) v. After three steps at momentum
+    0.9 the initial variance of 1 has the weight 0.9**3 in both, the rest of the sum the factor M / (M - 1).
     """
     size = {"stem": 32, "stage1": 32, "stage2": 16, "stage3": 8, "depthwise": 8, "pointwise": 8}
 
@@ -238,7 +239,7 @@ def check_statistics(ours, final):
 @pytest.mark.parametrize("vectorize", [False, True])
 @pytest.mark.parametrize(("name", "num", "classes"), CASES)
 def test_first_step_in_float32(name, num, classes, vectorize):
-    """What a run computes: float32, looped or vmapped; K = 3's gradient is beyond float32 by one ReLU (above)."""
+    """What a run computes: float32, looped or vmapped. The gradient of K = 3 hangs on one ReLU, see above."""
     arrays = load(name)
     method = make_method(num, classes, vectorize)
     state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), import_state(part(arrays, "init/"), num))

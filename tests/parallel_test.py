@@ -27,7 +27,7 @@ def results(commands, tmp_path_factory):
 @pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("mode", parallel.MODES)
 def test_devices_agree(results, mode, devices):
-    """Parameters, batch statistics, momenta, logs; were statistics not synchronised, they differed by percents."""
+    """All that is trained or logged; were statistics not synchronised, it would differ by percents."""
     one, several = results[mode, 1], results[mode, devices]
     assert one.keys() == several.keys()
     for leaf, expected in one.items():

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import random
+import shutil
 import signal
 import time
 
@@ -21,6 +22,7 @@ SETTINGS = (
     "--config.evaluation.every_epochs=1",
     "--config.checkpoint.every_steps=4",
     "--config.log_every_steps=7",
+    "--config.optimizer.schedule=constant",  # unlike cosine, it lets a run be prolonged
 )
 STEPS = 2 * 90  # ceil(1427 / 16) = 90
 
@@ -200,8 +202,6 @@ def test_two_runs_in_one_folder_are_refused(commands, tmp_path):
 
 def test_damaged_checkpoint_is_set_aside(commands, reference, tmp_path):
     """The newest step with one flipped bit: the run falls back to the one before, and still ends the same."""
-    import shutil
-
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
     largest = max((tmp_path / f"checkpoints/{STEPS}").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())

@@ -1,0 +1,70 @@
+"""Run by evaluation_test.py with 8 devices: scores splits of many sizes on 1, 2, 4 and 8 of them."""
+
+import json
+import sys
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ffl_jax import methods, parallel, steps
+from ffl_jax.data import Split
+from ffl_jax.evaluation import Evaluator
+from ffl_jax.models import NetworkOutputs
+
+SIZES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33)
+
+
+class Linear(nn.Module):
+    """Two linear classifiers in place of sub-networks: programs that compile in no time."""
+
+    num: int = 2
+
+    @nn.compact
+    def __call__(self, images, train):
+        flat = images.reshape(len(images), -1)
+        logits = [nn.Dense(4, name=f"head_{k}")(flat) for k in range(self.num)]
+        return [NetworkOutputs(z, flat, (images,)) for z in logits]
+
+
+class Plain(methods.Method):
+    """No training: only what evaluation asks of a method."""
+
+    def __call__(self, images, train):
+        return {"logits": jnp.stack([peer.logits for peer in self.subnetworks(images, train)])}
+
+
+def main(path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(256, size=(33, 2, 2, 3)).astype(np.uint8), rng.integers(4, size=33)
+    config = ConfigDict({"evaluation": {"batch_size": 8}, "data": {"mean": (0.5,) * 3, "std": (0.25,) * 3}})
+    method = Plain(Linear(), num_classes=4)
+    kernels = rng.normal(size=(2, 12, 4)).astype(np.float32)
+    params = {
+        "subnetworks": {
+            f"head_{k}": {"kernel": kernels[k], "bias": np.zeros(4, np.float32)} for k in range(2)
+        }
+    }
+    results = {}
+    for devices in (1, 2, 4, 8):
+        runner = parallel.Parallel("pmap", devices)
+        zero = np.zeros((), np.int32)
+        state = runner.replicate(steps.TrainState(zero, params, {}, {}, zero, {}))
+        for size in SIZES:
+            split = Split(images[:size], labels[:size].astype(np.int32))
+            results[f"{devices} {size}"] = Evaluator(method, split, config, runner)(state)
+    with open(path, "w") as file:
+        json.dump(
+            {
+                "images": images.tolist(),
+                "labels": labels.tolist(),
+                "kernels": kernels.tolist(),
+                "scores": results,
+            },
+            file,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

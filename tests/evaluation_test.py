@@ -1,0 +1,34 @@
+import json
+import pathlib
+
+import evaluation_script
+import numpy as np
+import pytest
+
+SCRIPT = pathlib.Path(evaluation_script.__file__)
+
+
+@pytest.fixture(scope="module")
+def results(commands, tmp_path_factory):
+    path = tmp_path_factory.mktemp("evaluation") / "results.json"
+    commands.run(SCRIPT, path, devices=8)
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_every_example_counts_once(results, devices):
+    """In batches of 8, whatever the size: counts equal NumPy's exactly, losses within float32."""
+    images = (np.array(results["images"]) / 255 - 0.5) / 0.25
+    labels = np.array(results["labels"])
+    logits = np.einsum("nd,kdc->knc", images.reshape(33, -1), np.array(results["kernels"]))
+    predictions = {"sub_0": logits[0], "sub_1": logits[1], "ensemble": logits.mean(0)}
+    for size in evaluation_script.SIZES:
+        scores = results["scores"][f"{devices} {size}"]
+        assert scores.keys() == predictions.keys()
+        for name, z in predictions.items():
+            correct = (z[:size].argmax(-1) == labels[:size]).sum()
+            log_probabilities = z[:size] - np.log(np.exp(z[:size]).sum(-1, keepdims=True))
+            nll = -log_probabilities[np.arange(size), labels[:size]].mean()
+            assert scores[name]["top1"] == correct / size, (size, name)
+            assert scores[name]["top5"] == 1.0
+            np.testing.assert_allclose(scores[name]["nll"], nll, rtol=1e-5, atol=1e-6)

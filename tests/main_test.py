@@ -1,0 +1,148 @@
+"""The commands' refusals: one line, the right exit code, and nothing touched; help and doctor."""
+
+import json
+import subprocess
+
+import conftest
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--config.epohs=3"], "config.epohs: did you mean epochs?"),
+        (["--config.optimizer.learning_rat=1"], "did you mean optimizer.learning_rate"),
+        (["--config.temperature=1"], "did you mean method.temperature?"),  # the right key of another section
+        (["--config.epochs=2.5"], "config.epochs=2.5: invalid literal for int()"),
+        (["--config.optimizer.learning_rate=abc"], "could not convert string to float"),
+        (["--config.optimizer.learning_rate=nan"], "must be a finite number"),
+        (["--config.optimizer.learning_rate=-1"], "must be a finite number > 0"),
+        (["--config.method.temperature=0"], "config.method.temperature must be > 0"),
+        (["--config.method.kd_mode=both"], "mkd, ens2fused, fused2sub, none"),
+        (["--config.batch_size=0"], "config.batch_size must be at least 1"),
+        (["--config.subnetworks.num=1"], "config.subnetworks.num must be at least 2"),
+        (["--config.subnetworks.shared_stages=3"], "must be 0..2"),
+        (["--config.parallel.mode=pjit"], "pmap, shard_map"),
+        (["--config=configs/cifar.py"], "did you mean"),
+        (["--config=configs/digits.py:method=fll"], "did you mean ffl?"),
+        (["--config=configs/digits.py:network=resnet21"], "unknown network 'resnet21'"),
+        (["--config=configs/digits.py:net=resnet20"], "did you mean network?"),
+        (["--workdr=x"], "Did you mean: workdir"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_configuration_errors(commands, tmp_path, arguments, text):
+    result = commands.run("-m", "ffl_jax.main", *arguments, code=2, cwd=tmp_path)
+    error = result.stderr.splitlines()[-1]
+    assert text in error
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_broken_config_file(commands, tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config(arg=None):\n    return 1 / 0\n")
+    result = commands.run("-m", "ffl_jax.main", f"--config={tmp_path}/broken.py", code=2)
+    assert "broken.py:2" in result.stderr.splitlines()[-1]
+
+
+def test_batch_must_divide_by_devices(commands, tmp_path):
+    flags = (f"--workdir={tmp_path}/run", "--config.batch_size=10")
+    result = commands.run("-m", "ffl_jax.main", *flags, devices=4, code=2)
+    assert "set config.batch_size to 8 or 12" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def make_tree(root, train=("cat", "dog"), test=("cat", "dog"), count=4):
+    rng = np.random.default_rng(0)
+    for split, classes in (("train", train), ("test", test)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(256, size=(40, 36, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+
+
+FOLDER = ("-m", "ffl_jax.main", "--config=configs/folder.py:network=resnet8")
+
+
+def test_dataset_errors(commands, tmp_path):
+    """The sources' own tests have the many cases; here the way from a bad folder to the exit code."""
+
+    def run(root, *flags):
+        arguments = (*FOLDER, f"--config.data.data_dir={root}", f"--workdir={tmp_path}/run", *flags)
+        return commands.run(*arguments, code=3).stderr.splitlines()[-1]
+
+    assert str(tmp_path / "nowhere") in run(tmp_path / "nowhere")
+    make_tree(tmp_path / "differ", test=("cat", "dgo"))
+    assert "dgo" in run(tmp_path / "differ")
+    make_tree(tmp_path / "small")
+    assert "8 training examples are fewer than one batch" in run(tmp_path / "small")
+    broken = tmp_path / "small/train/dog/2.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    assert str(broken) in run(tmp_path / "small")
+
+
+def test_own_folder_end_to_end(commands, tmp_path):
+    """Trains, then changed data is refused."""
+    make_tree(tmp_path / "data")
+    flags = (*FOLDER, f"--config.data.data_dir={tmp_path}/data", f"--workdir={tmp_path}/run")
+    commands.run(*flags, "--config.batch_size=4", "--config.epochs=1")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "completed"
+    Image.new("RGB", (36, 40)).save(tmp_path / "data/train/cat/0.png")
+    result = commands.run(*flags, "--config.batch_size=4", "--config.epochs=1", code=4)
+    assert "dataset: fingerprint" in result.stderr
+
+
+def test_different_networks_side_by_side(commands, tmp_path):
+    arguments = ("--config=configs/digits.py:network=resnet8+resnet14", "--config.epochs=1")
+    commands.run("-m", "ffl_jax.main", *arguments, f"--workdir={tmp_path}")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["networks"] == ["resnet8", "resnet14"]
+    sizes = {name: scores["parameters"] for name, scores in summary["predictors"].items()}
+    assert sizes["sub_0"] < sizes["sub_1"] < sizes["ensemble"] == sizes["sub_0"] + sizes["sub_1"]
+
+
+def test_unwritable_workdir(commands, tmp_path):
+    (tmp_path / "file").write_text("")
+    commands.run("-m", "ffl_jax.main", f"--workdir={tmp_path}/file/run", code=6)
+
+
+def test_full_disk(commands, tmp_path):
+    """A disk that cannot hold the checkpoints is seen before anything is compiled."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(tmp_path)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        result = commands.run("-m", "ffl_jax.main", f"--workdir={tmp_path}/run", code=6)
+        assert "MB free" in result.stderr
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("module", ["main", "evaluate", "doctor"])
+def test_help(commands, module):
+    result = commands.run("-m", f"ffl_jax.{module}", "--help")
+    assert f"python -m ffl_jax.{module}" in result.stdout
+    assert "--workdir" in result.stdout
+
+
+def test_doctor(commands, tmp_path):
+    result = commands.run("-m", "ffl_jax.doctor", cwd=tmp_path, devices=2)
+    assert "2 x cpu" in result.stdout
+    assert "train 1437, test 360 images of 8x8, 10 classes, 23 steps" in result.stdout
+    assert "python -m ffl_jax.main" in result.stdout.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+    flags = ("--config=configs/cifar10.py", f"--config.data.data_dir={tmp_path}")
+    result = commands.run("-m", "ffl_jax.doctor", *flags, code=3)
+    assert "NOT USABLE" in result.stdout
+
+
+def test_works_from_any_folder(commands, tmp_path):
+    """A config file is looked for beside the package where the current folder has none."""
+    assert not (tmp_path / "configs").exists()
+    assert (conftest.ROOT / "configs/digits.py").exists()
+    result = commands.run("-m", "ffl_jax.doctor", "--config=configs/digits.py", cwd=tmp_path)
+    assert "digits: train 1437" in result.stdout

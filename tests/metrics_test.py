@@ -1,0 +1,125 @@
+"""Scores against loops and sums in NumPy float64."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ffl_jax import metrics
+
+
+def reference(logits, labels):
+    """Scores by a stable sort of each example's classes, float64."""
+    logits = np.asarray(logits, np.float64)
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    order = np.argsort(-logits, axis=-1, kind="stable")  # ties: the lower index first
+    correct = order[:, 0] == labels
+    confidence = probabilities.max(-1)
+    ece = 0.0
+    for b in range(15):  # bins (b / 15, (b + 1) / 15]
+        members = (confidence > b / 15) & (confidence <= (b + 1) / 15)
+        if members.any():
+            ece += members.mean() * abs(correct[members].mean() - confidence[members].mean())
+    return {
+        "top1": correct.mean(),
+        "top5": (order[:, :5] == labels[:, None]).any(-1).mean(),
+        "nll": -np.log(probabilities[np.arange(len(labels)), labels]).mean(),
+        "ece": ece,
+    }
+
+
+classification_sums = jax.jit(metrics.classification_sums)
+
+
+def scores(logits, labels, weights=None):
+    return metrics.classification_scores(jax.device_get(classification_sums(logits, labels, weights)))
+
+
+def draw(seed, examples, classes, scale=2.0):
+    rng = np.random.default_rng(seed)
+    return (scale * rng.normal(size=(examples, classes))).astype(np.float32), rng.integers(
+        0, classes, examples
+    )
+
+
+@pytest.mark.parametrize(("classes", "scale"), [(2, 1.0), (5, 3.0), (10, 0.1), (10, 2.0), (100, 5.0)])
+def test_scores(classes, scale):
+    logits, labels = draw(0, 300, classes, scale)
+    chex.assert_trees_all_close(scores(logits, labels), reference(logits, labels), rtol=1e-5, atol=1e-7)
+
+
+def test_scores_by_hand():
+    # Softmax of (log 3, 0, 0, ...) over 7 classes: 1/3 for the first, 1/9 for each other one.
+    logits = np.tile(np.log([3.0, 1, 1, 1, 1, 1, 1]), (4, 1)).astype(np.float32)
+    actual = scores(logits, np.array([0, 1, 5, 6]))
+    # The last five tie: label 1 is second, 5 sixth, 6 seventh. Confidence 1/3 against an accuracy of 1/4.
+    expected = {"top1": 1 / 4, "top5": 2 / 4, "nll": np.log(3) / 4 + 3 * np.log(9) / 4, "ece": 1 / 12}
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5)
+
+
+def test_ties_go_to_the_lower_index():
+    logits, labels = np.zeros((12, 12), np.float32), np.arange(12)
+    actual = scores(logits, labels)
+    assert actual["top1"] == pytest.approx(1 / 12)  # only label 0
+    assert actual["top5"] == pytest.approx(5 / 12)  # labels 0..4
+    logits, labels = draw(1, 400, 10)
+    logits = np.round(logits)  # many ties, first and fifth places among them
+    chex.assert_trees_all_close(scores(logits, labels), reference(logits, labels), rtol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
+def test_top5_of_at_most_five_classes_is_one(classes):
+    assert scores(*draw(2, 50, classes))["top5"] == 1.0
+
+
+def test_certain_predictions_lie_in_the_last_bin():
+    actual = scores(np.float32([[100, 0, 0], [0, 100, 0]]), np.array([0, 0]))
+    chex.assert_trees_all_close(actual, {"top1": 0.5, "top5": 1.0, "nll": 50.0, "ece": 0.5}, rtol=1e-6)
+
+
+def test_padding_counts_nothing():
+    logits, labels = draw(3, 40, 10)
+    weights = np.float32(np.arange(40) < 27)
+    actual = scores(logits, labels, jnp.asarray(weights))
+    chex.assert_trees_all_close(actual, reference(logits[:27], labels[:27]), rtol=1e-5)
+    sums = classification_sums(logits, labels, jnp.zeros(40))
+    chex.assert_trees_all_equal(sums, jax.tree.map(jnp.zeros_like, sums))
+
+
+def test_padding_that_is_not_a_number_counts_nothing():
+    logits, labels = draw(4, 4, 10)
+    logits[3] = np.nan
+    actual = scores(logits, labels, jnp.array([1.0, 1.0, 1.0, 0.0]))
+    chex.assert_trees_all_close(actual, reference(logits[:3], labels[:3]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("label", [0, 3, 9])
+def test_examples_that_are_not_numbers_are_wrong(bad, label):
+    logits = np.zeros((2, 10), np.float32)
+    logits[0, :2] = bad
+    logits[1, label] = 5
+    sums = jax.device_get(classification_sums(logits, np.full(2, label)))
+    assert (sums["count"], sums["top1"], sums["top5"]) == (2, 1, 1)
+
+
+def test_merged_batches_equal_one_pass():
+    logits, labels = draw(5, 64, 10)
+    whole = classification_sums(logits, labels)
+    parts = [
+        classification_sums(logits[a:b], labels[a:b]) for a, b in [(0, 16), (16, 32), (32, 48), (48, 64)]
+    ]
+    merged = jax.tree.map(lambda *leaves: sum(leaves), *jax.device_get(parts[::-1]))
+    chex.assert_trees_all_close(merged, whole, rtol=1e-5)
+    chex.assert_trees_all_close(metrics.classification_scores(merged), reference(logits, labels), rtol=1e-5)
+
+
+def test_sums_of_half_precision_logits_are_float32():
+    logits, labels = draw(6, 30, 10)
+    logits = jnp.asarray(logits, jnp.bfloat16)
+    sums = classification_sums(logits, labels)
+    assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
+    rounded = np.asarray(logits, np.float64)
+    chex.assert_trees_all_close(metrics.classification_scores(sums), reference(rounded, labels), rtol=1e-5)
