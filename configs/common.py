@@ -1,7 +1,7 @@
 """What all experiments start from: FFL's published CIFAR recipe, on the method and networks that ARG picks.
 
 ARG is what stands after the colon of `--config=configs/DATA.py:ARG`, such as
-`method=ffl,network=resnet20+resnet32`; every other key can be set by `--config.KEY=VALUE`.
+`method=ffl,network=resnet20+resnet32,epochs=60`; every other key can be set by `--config.KEY=VALUE`.
 """
 
 from ml_collections import ConfigDict
@@ -12,25 +12,29 @@ from ffl_jax.models import NETWORKS
 from ffl_jax.registry import nearest
 
 
-def get_config(arg: str | None = None, **presets: str) -> ConfigDict:
+def get_config(arg: str | None = None, **presets: str | int) -> ConfigDict:
     """The configuration for a config file to complete.
 
     Args:
-      arg: the text after the colon; its keys are `method` and `network`.
+      arg: the text after the colon; its keys are `method`, `network` and `epochs`. The recipe's ramp-up and
+        decays are stretched to `epochs`; `--config.epochs` would leave them where they are.
       **presets: the file's own defaults for these keys.
     """
-    presets = {"method": "ffl", "network": "resnet32"} | presets
+    presets = {"method": "ffl", "network": "resnet32", "epochs": 300} | presets
     for item in filter(None, (arg or "").split(",")):
         key, _, value = item.partition("=")
         if key not in presets or not value:
             raise ConfigError(f"preset {item!r} after the colon: {nearest(key, presets)} Write key=value.")
         presets[key] = value
+    if not str(presets["epochs"]).isdecimal():
+        raise ConfigError(f"preset epochs={presets['epochs']} after the colon is not a whole number.")
+    epochs = int(presets["epochs"])
     networks = presets["network"].split("+")
     same = len(set(networks)) == 1
 
     config = ConfigDict()
     config.seed = 0
-    config.epochs = 300
+    config.epochs = epochs
     config.batch_size = 128  # of all devices together
     config.method = {"name": presets["method"], **methods.hyper_parameters(presets["method"])}
     config.subnetworks = {
@@ -39,6 +43,8 @@ def get_config(arg: str | None = None, **presets: str) -> ConfigDict:
         "shared_stages": 0,  # stem and that many stages exist once; 0: K separate networks
         "vectorize": False,  # True: vmap over the sub-networks, for accelerators
     }
+    if "rampup_epochs" in config.method:
+        config.method.rampup_epochs = float(round(epochs * 80 / 300))
     if same:  # the rule of the released code: all but the last stage
         config.subnetworks.shared_stages = NETWORKS.lookup(networks[0])(num_classes=2).num_stages - 1
     config.optimizer = {
@@ -50,7 +56,7 @@ def get_config(arg: str | None = None, **presets: str) -> ConfigDict:
         "beta1": 0.9,
         "beta2": 0.999,
         "schedule": "step",  # or cosine, constant
-        "decay_epochs": (150, 225),
+        "decay_epochs": (epochs // 2, epochs * 3 // 4),
         "decay_factor": 0.1,
         "warmup_epochs": 0.0,
     }

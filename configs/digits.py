@@ -7,13 +7,11 @@ from configs import common
 
 
 def get_config(arg=None):
-    config = common.get_config(arg, network="resnet8")
+    config = common.get_config(arg, network="resnet8", epochs=20)
     config.data.name = "digits"
     config.data.pad = 1
     config.data.flip = False  # a mirrored digit is another one, or none
-    config.epochs = 20
     config.batch_size = 64
-    config.method.rampup_epochs = 5.0
     config.optimizer.schedule = "cosine"
     config.evaluation.every_epochs = 5
     return config

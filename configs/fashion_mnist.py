@@ -9,9 +9,6 @@ from configs import common
 
 
 def get_config(arg=None):
-    config = common.get_config(arg, network="resnet20")
+    config = common.get_config(arg, network="resnet20", epochs=60)
     config.data.name = "fashion_mnist"
-    config.epochs = 60
-    config.method.rampup_epochs = 16.0
-    config.optimizer.decay_epochs = (30, 45)
     return config

@@ -15,32 +15,25 @@ FREE_DATA_KEYS = ("data_dir", "manual_dir", "cache_dir")
 
 def check(config: ConfigDict):
     """Raises ConfigError, naming key, value and bound, for a value that no run can have."""
-    for key, value in flatten(config.to_dict()).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"config.{key} must be a finite number, got {value}.")
+    values = flatten(config.to_dict())
+    for key, value in values.items():
+        numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, int | float)]
+        if not all(math.isfinite(x) and x >= 0 for x in numbers):
+            raise ConfigError(f"config.{key} must be finite and not negative, got {value}.")
     at_least = {
-        "seed": 0,
         "epochs": 1,
         "batch_size": 1,
         "log_every_steps": 1,
         "evaluation.batch_size": 1,
         "evaluation.every_epochs": 1,
         "checkpoint.every_epochs": 1,
-        "checkpoint.every_steps": 0,
         "checkpoint.keep": 1,
-        "data.pad": 0,
-        "data.image_size": 0,
-        "data.validation_examples": 0,
         "subnetworks.num": 2,
-        "subnetworks.shared_stages": 0,
-        "parallel.num_devices": 0,
-        "method.rampup_epochs": 0,
     }
-    values = flatten(config.to_dict())
     for key, bound in at_least.items():
-        if key in values and values[key] < bound:
+        if values[key] < bound:
             raise ConfigError(f"config.{key} must be at least {bound}, got {values[key]}.")
-    if values.get("method.temperature", 1) <= 0:
+    if values.get("method.temperature") == 0:
         raise ConfigError(f"config.method.temperature must be > 0, got {values['method.temperature']}.")
     for key in ("mean", "std"):
         if len(config.data[key]) not in (0, 3):

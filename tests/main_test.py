@@ -17,8 +17,8 @@ from PIL import Image
         (["--config.temperature=1"], "did you mean method.temperature?"),  # the right key of another section
         (["--config.epochs=2.5"], "config.epochs=2.5: invalid literal for int()"),
         (["--config.optimizer.learning_rate=abc"], "could not convert string to float"),
-        (["--config.optimizer.learning_rate=nan"], "must be a finite number"),
-        (["--config.optimizer.learning_rate=-1"], "must be a finite number > 0"),
+        (["--config.optimizer.learning_rate=nan"], "must be finite and not negative, got nan"),
+        (["--config.optimizer.learning_rate=-1"], "must be finite and not negative, got -1.0"),
         (["--config.method.temperature=0"], "config.method.temperature must be > 0"),
         (["--config.method.kd_mode=both"], "mkd, ens2fused, fused2sub, none"),
         (["--config.batch_size=0"], "config.batch_size must be at least 1"),

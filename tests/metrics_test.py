@@ -79,6 +79,16 @@ def test_certain_predictions_lie_in_the_last_bin():
     chex.assert_trees_all_close(actual, {"top1": 0.5, "top5": 1.0, "nll": 50.0, "ece": 0.5}, rtol=1e-6)
 
 
+def test_calibration_bins():
+    """One example in each of 15 equal bins, right and wrong by turns, so that no two bins may be joined."""
+    confidence = (np.arange(15) + 0.5) / 15
+    logits = np.log(np.tile((1 - confidence[:, None]) / 39, (1, 40)))
+    logits[:, 7] = np.log(confidence)
+    correct = np.arange(15) % 2 == 0
+    actual = scores(logits.astype(np.float32), np.where(correct, 7, 8))
+    assert actual["ece"] == pytest.approx(np.abs(correct - confidence).mean(), rel=1e-5)
+
+
 def test_padding_counts_nothing():
     logits, labels = draw(3, 40, 10)
     weights = np.float32(np.arange(40) < 27)

@@ -104,7 +104,13 @@ def test_train_batch_depends_on_seed_epoch_and_example_alone():
     np.testing.assert_array_equal(some["label"], labels[[7, 2]])
     for other in (batch(range(12), seed=1), batch(range(12), epoch=1)):
         changed = [not np.array_equal(x, y) for x, y in zip(other["image"], first["image"], strict=True)]
-        assert sum(changed) > 8  # two of 50 draws are equal by chance only
+        assert sum(changed) > 8  # of 50 draws two are equal by chance only
+
+
+def test_train_batch_augments_every_example_by_itself():
+    images = np.repeat(make_split(1)[0], 12, axis=0)
+    batch = resident.train_batch(images, jnp.arange(12), jnp.arange(12), 0, 0, SETTINGS)
+    assert len({np.asarray(image).tobytes() for image in batch["image"]}) > 8  # of 50 draws
 
 
 def test_train_batch_without_augmentation_is_the_images():
