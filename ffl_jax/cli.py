@@ -41,6 +41,10 @@ def run(command: Callable[[list[str]], None]):
     debug = "--debug" in sys.argv
     try:
         command(sys.argv)
+        sys.stdout.flush()
+        code = 0
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
         refusal = _refusal(error)
