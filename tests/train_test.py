@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from ffl_jax import checkpoint, config, data
+from configs import digits
+from ffl_jax import checkpoint, config, data, outputs, train
 from ffl_jax.experiment import Experiment
 
 # 2 epochs of 90 steps on the digits, saved and logged at odd places.
@@ -241,3 +242,29 @@ def test_evaluate_repeats_the_summary(commands, reference):
     commands.run("-m", "ffl_jax.evaluate", f"--workdir={reference}", "--step=1", code=4)
     commands.run("-m", "ffl_jax.evaluate", f"--workdir={reference / 'nothing'}", code=4)
     commands.run("-m", "ffl_jax.evaluate", code=2)
+
+
+def test_nothing_is_compiled_after_the_first_evaluation(tmp_path, monkeypatch):
+    """Counted by JAX itself, from the second step to the third epoch's evaluation."""
+    compiled, at_line = [], []
+    listen = lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
+    write = outputs.MetricsLog.write
+
+    def counted(log, step, epoch, split, scalars):
+        at_line.append((step, split, len(compiled)))
+        write(log, step, epoch, split, scalars)
+
+    monkeypatch.setattr(outputs.MetricsLog, "write", counted)
+    settings = digits.get_config("epochs=3")
+    settings.log_every_steps = 2
+    settings.evaluation.every_epochs = 1
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train.train(settings, tmp_path)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    counts = {(step, split): count for step, split, count in at_line}
+    assert counts[2, "train"] > 0
+    assert counts[22, "train"] == counts[4, "train"], "compiled again within an epoch"
+    # The first evaluation and the first save come with programs of their own, and nothing after them.
+    assert counts[69, "test"] == counts[26, "train"]
