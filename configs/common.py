@@ -56,7 +56,7 @@ def get_config(arg: str | None = None, **presets: str | int) -> ConfigDict:
         "beta1": 0.9,
         "beta2": 0.999,
         "schedule": "step",  # or cosine, constant
-        "decay_epochs": (epochs // 2, epochs * 3 // 4),
+        "decay_epochs": tuple(sorted({epochs // 2, epochs * 3 // 4} - {0})),
         "decay_factor": 0.1,
         "warmup_epochs": 0.0,
     }

@@ -76,20 +76,21 @@ class Checkpoints:
         # `atexit` comes after that; this, the hook of `concurrent.futures` itself, runs newest first.
         getattr(threading, "_register_atexit", atexit.register)(self.close)
 
-    def save(self, step: int, state: Any, run: dict) -> None:
-        """Starts to save a step; returns when its arrays are copied. Leaves a whole step as it is.
+    def save(self, step: int, state: Any, run: dict, replace: bool = False) -> None:
+        """Starts to save a step; returns when its arrays are copied.
 
         Args:
           step: names the step.
           state: pytree of non-empty arrays: jax, on one device, typed keys too; or NumPy.
           run: a JSON-able dict, saved in the same commit.
+          replace: whether to write anew a step that is there and whole; a damaged one always is.
 
         Raises:
           ResourceError: this save, or the one before, met a full disk or the like. Older steps are intact.
         """
         self.wait()
         final = self.directory / str(step)
-        if os.path.lexists(final) and manifest.problem(final) is None:
+        if not replace and os.path.lexists(final) and manifest.problem(final) is None:
             return
         items = {"state": state, "run": json.loads(json.dumps(run)), "arrays": _describe(state)}
         with _resource_errors(self.directory), _orbax():
@@ -136,7 +137,7 @@ class Checkpoints:
             response.result()
             folder, final = self._incoming / str(step), self.directory / str(step)
             manifest.seal(folder, step)
-            if os.path.lexists(final):  # damaged, or no step at all
+            if os.path.lexists(final):  # damaged, superseded, or no step at all
                 self._discard(final)
             os.rename(folder, final)
             manifest.fsync(self.directory)

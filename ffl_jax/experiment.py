@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ffl_jax import __version__, checkpoint, methods, optimizers, steps
 from ffl_jax import config as config_lib
 from ffl_jax.data import resident
-from ffl_jax.errors import CheckpointError, DatasetError
+from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 
 RUN_FORMAT = 1
 
@@ -24,6 +24,12 @@ class Experiment:
             raise DatasetError(
                 f"{dataset.name}: {len(dataset.train.labels)} training examples are fewer than one batch: "
                 f"set config.batch_size to at most that, now {config.batch_size}."
+            )
+        height, width, _ = dataset.train.images.shape[1:]
+        if config.data.pad >= min(height, width):
+            raise ConfigError(
+                f"config.data.pad={config.data.pad} reflects more than there is: it must be below the size of the "
+                f"images, {height}x{width}."
             )
         self.config = resolve(config, dataset)
         self.dataset = dataset

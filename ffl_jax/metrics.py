@@ -31,7 +31,7 @@ def classification_sums(
     # Every comparison with NaN is false, which would rank the label first.
     valid = jnp.isfinite(log_probabilities).all(axis=-1)
     top1, top5 = (valid & (rank < k) for k in (1, 5))
-    confidence = jnp.exp(log_probabilities.max(axis=-1))
+    confidence = jnp.where(weights > 0, jnp.exp(log_probabilities.max(axis=-1)), 0.0)
     bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1).astype(jnp.int32)
     members = jax.nn.one_hot(bins, CALIBRATION_BINS) * weights[:, None]
     nll = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]

@@ -25,10 +25,10 @@ def learning_rate_schedule(settings: Mapping, steps_per_epoch: int, epochs: int)
     """
     peak, warmup = settings["learning_rate"], round(settings["warmup_epochs"] * steps_per_epoch)
     if settings["schedule"] == "step":
-        steps = {
-            round(epoch * steps_per_epoch) - warmup: settings["decay_factor"]
-            for epoch in settings["decay_epochs"]
-        }
+        steps = {}
+        for epoch in settings["decay_epochs"]:
+            step = round(epoch * steps_per_epoch) - warmup
+            steps[step] = steps.get(step, 1.0) * settings["decay_factor"]
         schedule = optax.piecewise_constant_schedule(peak, steps)
     elif settings["schedule"] == "cosine":
         schedule = optax.cosine_decay_schedule(peak, max(1, round(epochs * steps_per_epoch) - warmup))
@@ -50,23 +50,29 @@ def optimizer(settings: Mapping, steps_per_epoch: int, epochs: int) -> optax.Gra
 
 
 def check_settings(settings: Mapping, where: str):
-    """Raises ConfigError, naming the key under `where`, for a value out of its domain."""
+    """Raises ConfigError, naming the key under `where`, for a value out of its domain or of another type."""
 
-    def require(condition, key, wanted):
-        if not condition:
-            raise ConfigError(f"{where}.{key} must be {wanted}, got {settings[key]!r}.")
+    def require(key, wanted, is_fine):
+        try:
+            if is_fine(settings[key]):
+                return
+        except TypeError:
+            pass
+        raise ConfigError(f"{where}.{key} must be {wanted}, got {settings[key]!r}.")
 
-    require(settings["name"] in OPTIMIZERS, "name", f"one of {', '.join(OPTIMIZERS)}")
-    require(settings["schedule"] in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
-    require(0 < settings["learning_rate"] < float("inf"), "learning_rate", "a finite number > 0")
+    require("name", f"one of {', '.join(OPTIMIZERS)}", lambda x: x in OPTIMIZERS)
+    require("schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES)
+    require("learning_rate", "a finite number > 0", lambda x: 0 < x < float("inf"))
     for key in ("weight_decay", "warmup_epochs"):
-        require(0 <= settings[key] < float("inf"), key, "a finite number >= 0")
+        require(key, "a finite number >= 0", lambda x: 0 <= x < float("inf"))
     for key in ("momentum", "beta1", "beta2"):
-        require(0 <= settings[key] < 1, key, "in [0, 1)")
-    require(0 < settings["decay_factor"] <= 1, "decay_factor", "in (0, 1]")
-    decay = list(settings["decay_epochs"])
-    ordered = decay == sorted(set(decay)) and all(epoch > settings["warmup_epochs"] for epoch in decay)
-    require(ordered, "decay_epochs", "increasing and after the warm-up")
+        require(key, "in [0, 1)", lambda x: 0 <= x < 1)
+    require("decay_factor", "in (0, 1]", lambda x: 0 < x <= 1)
+    require(
+        "decay_epochs",
+        "increasing and after the warm-up",
+        lambda x: list(x) == sorted(set(x)) and all(epoch > settings["warmup_epochs"] for epoch in x),
+    )
 
 
 def merge_rules(default: Mapping, rules: Sequence) -> list[tuple[str, dict]]:

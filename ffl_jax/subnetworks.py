@@ -105,6 +105,8 @@ def _pick(tree, k):
 def network_names(network: str, num: int) -> list[str]:
     """The K names that `network` ("resnet32", or "resnet32+resnet56") and `num` stand for."""
     names = network.split("+")
+    if num < 2:
+        raise ConfigError(f"subnetworks.num must be at least 2 to teach one another, got {num}.")
     if len(names) == 1:
         return names * num
     if num != len(names):

@@ -70,7 +70,7 @@ class _Run:
         logging.info("Continuing from step %d of %d.", step, self.total_steps)
         return state, run["metrics_bytes"]
 
-    def save(self, checkpoints, step: int, state, log):
+    def save(self, checkpoints, step: int, state, log, replace: bool = False):
         """Begins to save; raises NonFiniteError instead where the state is beyond use."""
         log.sync()
         host_state = self.parallel.fetch(state)
@@ -99,7 +99,7 @@ class _Run:
             "versions": versions(),
             "devices": self.parallel.num_devices,
         }
-        checkpoints.save(step, host_state, run)
+        checkpoints.save(step, host_state, run, replace)
 
     def check_space(self):
         """Raises ResourceError now, not after an epoch, where the checkpoints cannot fit."""
@@ -198,7 +198,7 @@ class _Run:
             for name, split in (("validation", dataset.validation), ("test", dataset.test))
             if split is not None
         }
-        order, saved = None, step
+        order, saved = None, (step, self.evaluated_step)
         while True:
             epoch, position = divmod(step, per_epoch)
             last = step == self.total_steps
@@ -209,9 +209,10 @@ class _Run:
             due = position == 0 and (epoch % config.checkpoint.every_epochs == 0 or last)
             due |= config.checkpoint.every_steps > 0 and step % config.checkpoint.every_steps == 0
             stopping = preemption.requested()
-            if saved != step and (due or stopping):
-                self.save(writers["newest"], step, state, log)
-                saved = step
+            if (due or stopping) and saved != (step, self.evaluated_step):
+                # Replaced where a signal had it saved before the evaluation that was due.
+                self.save(writers["newest"], step, state, log, replace=saved[0] == step)
+                saved = (step, self.evaluated_step)
             if last or stopping:
                 return step
             if order is None or position == 0:

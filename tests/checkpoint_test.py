@@ -1,6 +1,7 @@
 """What comes back is bitwise what went in, or it is refused, whatever happens to process, disk and files."""
 
 import json
+import logging
 import os
 import random
 import re
@@ -18,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from ffl_jax import checkpoint, manifest

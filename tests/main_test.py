@@ -25,6 +25,8 @@ from PIL import Image
         (["--config.subnetworks.num=1"], "config.subnetworks.num must be at least 2"),
         (["--config.subnetworks.shared_stages=3"], "must be 0..2"),
         (["--config.parallel.mode=pjit"], "pmap, shard_map"),
+        (["--config.data.pad=8"], "config.data.pad=8"),
+        (["--config.optimizer_rules=(('loss/head', {}),)"], "matches no parameter"),
         (["--config=configs/cifar.py"], "did you mean"),
         (["--config=configs/digits.py:method=fll"], "did you mean ffl?"),
         (["--config=configs/digits.py:network=resnet21"], "unknown network 'resnet21'"),

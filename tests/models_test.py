@@ -79,7 +79,7 @@ def test_parameter_counts(name, classes, whole, trunk, branch, shared):
     in_branch = {key: value for key, value in params.items() if key == "head" or key.startswith(last)}
     assert size(in_branch) == branch
     assert size(params) - size(in_branch) == trunk
-    subnetworks = shapes(build(name, 2, classes, network.num_stages - 1), inputs)
+    subnetworks = shapes(build(name, 2, classes, network.num_stages - 1, vectorize=True), inputs)
     assert size(subnetworks["trunk"]) == trunk
     assert size(subnetworks["branches"]) == 2 * branch
     assert size(subnetworks) == shared
@@ -107,7 +107,7 @@ def test_fusion_parameter_counts(num, features, side, classes, expected):
 def test_ffl_parameter_counts(name, classes, shared, separate):
     stages = NETWORKS.lookup(name)(classes).num_stages
     for shared_stages, expected in ((stages - 1, shared), (0, separate)):
-        method = METHODS["ffl"](build(name, 2, classes, shared_stages), classes)
+        method = METHODS["ffl"](build(name, 2, classes, shared_stages, vectorize=True), classes)
         assert size(shapes(method, images(name))) == expected
 
 

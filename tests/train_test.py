@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from ffl_jax import checkpoint, config, data, outputs, train
+from ffl_jax import checkpoint, config, data, errors, outputs, preemption, train
 from ffl_jax.experiment import Experiment
 
 # 2 epochs of 90 steps on the digits, saved and logged at odd places.
@@ -268,3 +268,20 @@ def test_nothing_is_compiled_after_the_first_evaluation(tmp_path, monkeypatch):
     assert counts[22, "train"] == counts[4, "train"], "compiled again within an epoch"
     # The first evaluation and the first save come with programs of their own, and nothing after them.
     assert counts[69, "test"] == counts[26, "train"]
+
+
+def test_stopped_before_the_last_evaluation(tmp_path, monkeypatch):
+    """A signal at the last step saves it unevaluated; the next start evaluates, then the run is complete."""
+    settings = digits.get_config("epochs=1")
+    monkeypatch.setattr(preemption, "requested", lambda: (tmp_path / "metrics.jsonl").stat().st_size > 0)
+    with pytest.raises(errors.Preempted):
+        train.train(settings, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "preempted"
+    assert checkpoint.load_run(tmp_path / "checkpoints", 23)["evaluated_step"] == -1
+    monkeypatch.undo()
+    summary = train.train(settings, tmp_path)
+    assert summary["status"] == "completed"
+    assert checkpoint.load_run(tmp_path / "checkpoints", 23)["evaluated_step"] == 23
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train.train(settings, tmp_path) == summary
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
