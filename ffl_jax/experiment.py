@@ -28,8 +28,8 @@ class Experiment:
         height, width, _ = dataset.train.images.shape[1:]
         if config.data.pad >= min(height, width):
             raise ConfigError(
-                f"config.data.pad={config.data.pad} reflects more than there is: it must be below the size of the "
-                f"images, {height}x{width}."
+                f"config.data.pad={config.data.pad} reflects more than there is: it must be below the "
+                f"images' size, {height}x{width}."
             )
         self.config = resolve(config, dataset)
         self.dataset = dataset

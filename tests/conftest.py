@@ -45,6 +45,12 @@ class Commands:
         return subprocess.CompletedProcess(command, code, output, errors)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that the processes end together."""
+    slow = ("train_test", "main_test", "parallel_test", "ffl_test")
+    items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
+
+
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory) -> Commands:
     return Commands(tmp_path_factory.mktemp("cache"))

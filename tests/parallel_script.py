@@ -1,4 +1,4 @@
-"""Run by parallel_test.py with 8 devices: trains on 1, 2, 4 and 8 of them in both modes."""
+"""Run by parallel_test.py with 8 devices: trains on some of them in both modes."""
 
 import sys
 
@@ -35,7 +35,7 @@ def main(path):
 
     results = {}
     for mode in parallel.MODES:
-        for devices in (1, 2, 4, 8):
+        for devices in (1, 2, 4, 8) if mode == "pmap" else (1, 8):
             runner = parallel.Parallel(mode, devices)
             program = runner.map(step, donate_argnums=(0,))
             state = runner.replicate(start)
