@@ -24,7 +24,9 @@ def _handle(number, frame):
         os._exit(128 + number)
     _received.append(number)
     if not _deferred:
-        raise Preempted(_message("nothing was under way that had to be saved"))
+        # At once: an exception raised from here is lost where it meets a callback, the garbage collector's say.
+        os.write(2, f"error: {_message('there was nothing to save')}\n".encode())
+        os._exit(Preempted.exit_code)
 
 
 def requested() -> bool:
@@ -34,12 +36,10 @@ def requested() -> bool:
 
 @contextlib.contextmanager
 def deferred():
-    """Inside, a signal only sets `requested`; outside, it raises `Preempted` on the spot."""
+    """Inside, a signal only sets `requested`; outside there is nothing to save, and it ends the process."""
     global _deferred
     _deferred = True
     try:
-        if _received:  # came while something swallowed the exception
-            raise Preempted(_message("nothing was under way that had to be saved"))
         yield
     finally:
         _deferred = False
@@ -47,9 +47,9 @@ def deferred():
 
 def stop(step: int) -> Preempted:
     """The exception that ends a run whose state at `step` is saved."""
-    return Preempted(_message(f"step {step} is saved"))
+    return Preempted(_message(f"step {step} is saved" if step else "no step was done"))
 
 
 def _message(what):
-    name = signal.Signals(_received[0]).name if _received else "signal"
+    name = signal.Signals(_received[0]).name if _received else "a signal"
     return f"stopped by {name}: {what}; run the same command again to continue."
