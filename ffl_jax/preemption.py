@@ -24,7 +24,7 @@ def _handle(number, frame):
         os._exit(128 + number)
     _received.append(number)
     if not _deferred:
-        # At once: an exception raised from here is lost where it meets a callback, the garbage collector's say.
+        # At once: an exception raised here is lost where it meets a callback, the garbage collector's say.
         os.write(2, f"error: {_message('there was nothing to save')}\n".encode())
         os._exit(Preempted.exit_code)
 
