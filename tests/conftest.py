@@ -1,13 +1,29 @@
-"""Fixtures: the project's commands in processes of their own, as users run them."""
+"""What several tests use: random variables, and the project's commands in processes of their own."""
 
+import functools
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def draw_variables(module, inputs):
+    """Variables of a module, all random: no norm is the identity, and nothing is compiled to draw them."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path, x):
+        positive = path[-1].key in ("scale", "var")
+        return jnp.asarray(rng.uniform(0.5, 1.5, x.shape) if positive else rng.normal(0, 0.2, x.shape))
+
+    tree = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), inputs)
+    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 class Commands:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import draw_variables
 from sklearn import datasets
 
 from configs import digits
@@ -179,15 +180,7 @@ def test_unknown_hyper_parameter():
 
 
 def draw(method, images):
-    """Variables of a method, all random: no norm is the identity, and nothing is compiled to draw them."""
-    rng = np.random.default_rng(0)
-
-    def leaf(path, x):
-        positive = path[-1].key in ("scale", "var")
-        return jnp.float32(rng.uniform(0.5, 1.5, x.shape) if positive else rng.normal(0, 0.2, x.shape))
-
-    tree = jax.eval_shape(functools.partial(method.init, train=False), jax.random.key(0), images)
-    variables = jax.tree_util.tree_map_with_path(leaf, tree)
+    variables = draw_variables(method, images)
     return variables["params"], variables["batch_stats"]
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import draw_variables
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
@@ -52,18 +53,6 @@ def size(params):
 
 def images(network):
     return jnp.zeros((1, 224, 224, 3) if network in ("resnet18", "resnet34") else (1, 32, 32, 3))
-
-
-def draw(module, inputs):
-    """Variables of a module, all random: no norm is the identity, and nothing is compiled to draw them."""
-    rng = np.random.default_rng(0)
-
-    def leaf(path, x):
-        positive = path[-1].key in ("scale", "var")
-        return jnp.float32(rng.uniform(0.5, 1.5, x.shape) if positive else rng.normal(0, 0.2, x.shape))
-
-    tree = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), inputs)
-    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def init(module, inputs, seed=0):
@@ -207,7 +196,7 @@ def test_trunk_and_branch_are_cuts_of_the_whole_network(name, side, cuts):
     if name == "resnet18":
         network = network.clone(blocks=(1, 1, 1, 1))
     inputs = jax.random.normal(jax.random.key(1), (4, side, side, 3))
-    variables = draw(network, inputs)
+    variables = draw_variables(network, inputs)
 
     @jit
     def run(variables, inputs):

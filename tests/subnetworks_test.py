@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import draw_variables
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.models import NETWORKS
@@ -21,17 +22,6 @@ TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 def shapes(module):
     images = jnp.zeros((1, 8, 8, 3))
     return jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), images)
-
-
-def draw(module):
-    """Variables of a module in float64, all random: no norm is the identity."""
-    rng = np.random.default_rng(0)
-
-    def leaf(path, x):
-        positive = path[-1].key in ("scale", "var")
-        return jnp.asarray(rng.uniform(0.5, 1.5, x.shape) if positive else rng.normal(0, 0.2, x.shape))
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes(module))
 
 
 def draw_images():
@@ -62,7 +52,7 @@ def test_vmap_equals_loop_and_both_equal_plain_networks(num, shared_stages):
     loop, vmap = (build("resnet8", num, 10, shared_stages, vectorize) for vectorize in (False, True))
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes(loop), shapes(vmap))
     with jax.enable_x64(True):
-        variables, images = draw(loop), draw_images()
+        variables, images = draw_variables(loop, draw_images()), draw_images()
         outputs, statistics, gradients = jit(functools.partial(train, loop))(variables, images)
         vmapped = jit(functools.partial(train, vmap))(variables, images)
         assert len(outputs) == num
@@ -101,7 +91,7 @@ def test_vmap_equals_loop_and_both_equal_plain_networks(num, shared_stages):
 def test_inference_leaves_statistics_as_they_are():
     module = build("resnet8", 2, 10, 2)
     with jax.enable_x64(True):
-        variables = draw(module)
+        variables = draw_variables(module, draw_images())
 
         @jit
         def run(variables):
@@ -116,7 +106,7 @@ def test_a_member_alone_repeats_the_joint_prediction(kind):
     network = "resnet8+resnet14" if kind == "mixed" else "resnet8"
     module = build(network, 2, 10, 2 if kind == "shared" else 0)
     with jax.enable_x64(True):
-        variables, images = draw(module), draw_images()
+        variables, images = draw_variables(module, draw_images()), draw_images()
         joint = jit(functools.partial(module.apply, train=False))(variables, images)
         for k in range(2):
             alone = jit(functools.partial(module.member(k).apply, train=False))

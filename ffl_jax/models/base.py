@@ -40,6 +40,8 @@ class Network(nn.Module):
     feature map there; with `start` > 0 it takes that map in place of images. Names of parameters do not
     depend on the cut: trunk and branch together hold the names of the whole network.
 
+    A family defines `num_stages`, `stem` and `stage`.
+
     Attributes:
       num_classes: C.
       start, stop: the first stage to run and the one to stop before; `stop` None runs to the logits.
@@ -51,9 +53,50 @@ class Network(nn.Module):
 
     num_stages = 3
 
+    def stem(self, x: jax.Array, train: bool) -> jax.Array:
+        """What comes before the first stage: images [B, H, W, 3] -> map."""
+        raise NotImplementedError
+
+    def stage(self, index: int, x: jax.Array, train: bool) -> jax.Array:
+        """Stage `index`, 0-based: map -> map."""
+        raise NotImplementedError
+
+    @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> NetworkOutputs | jax.Array:
         """[B, H, W, 3] images, or the map before stage `start`; `train` uses and updates batch statistics."""
-        raise NotImplementedError
+        if self.start == 0:
+            x = self.stem(x, train)
+        feature_maps = []
+        for index in range(self.start, self.num_stages if self.stop is None else self.stop):
+            x = self.stage(index, x, train)
+            feature_maps.append(x)
+        if self.stop is not None:
+            return x
+        features = x.mean(axis=(1, 2))
+        logits = dense(self.num_classes, features.shape[-1], name="head")(features)
+        return NetworkOutputs(logits, features, tuple(feature_maps))
+
+
+class BasicBlock(nn.Module):
+    """conv3x3 - norm - ReLU - conv3x3 - norm, added to a shortcut, then ReLU: He et al., 2016, fig. 2.
+
+    The shortcut is the identity, or a 1x1 convolution and norm (option B) where width or resolution change.
+    """
+
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, H, W, D] -> [B, H / stride, W / stride, features]."""
+        y = conv(self.features, 3, self.stride, name="conv1")(x)
+        y = nn.relu(batch_norm(train, name="norm1")(y))
+        y = conv(self.features, 3, name="conv2")(y)
+        y = batch_norm(train, name="norm2")(y)
+        if y.shape != x.shape:
+            x = conv(self.features, 1, self.stride, name="shortcut_conv")(x)
+            x = batch_norm(train, name="shortcut_norm")(x)
+        return nn.relu(x + y)
 
 
 def conv(features: int, kernel: int, stride: int = 1, groups: int = 1, name: str | None = None) -> nn.Conv:
