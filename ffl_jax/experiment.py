@@ -10,16 +10,26 @@ from ml_collections import ConfigDict
 
 from ffl_jax import __version__, checkpoint, methods, optimizers, steps
 from ffl_jax import config as config_lib
-from ffl_jax.data import resident
+from ffl_jax.data import Dataset, resident
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 
 RUN_FORMAT = 1
 
 
 class Experiment:
-    """What a configuration and a dataset determine, before any number is trained."""
+    """A configuration and a dataset, and all that follows from them.
 
-    def __init__(self, config: ConfigDict, dataset):
+    Attributes:
+      config: with the channels' mean and std filled in.
+      dataset: in memory.
+      image_shape: (H, W, 3).
+      method: a `Method`.
+      steps_per_epoch: batches that cover the training split.
+      optimizers: {objective: optax transformation}.
+    """
+
+    def __init__(self, config: ConfigDict, dataset: Dataset):
+        """Raises ConfigError or DatasetError where the two do not fit."""
         if len(dataset.train.labels) < config.batch_size:
             raise DatasetError(
                 f"{dataset.name}: {len(dataset.train.labels)} training examples are fewer than one batch: "
@@ -61,16 +71,16 @@ class Experiment:
         return jax.eval_shape(self._init)
 
 
-def resolve(config: ConfigDict, dataset) -> ConfigDict:
+def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
     """The configuration with what depends on the data filled in: the channels' mean and std."""
     config = ConfigDict(config)
     if not config.data.mean:
-        # Whole sums of integers, so that the order of the images does not matter.
         images = dataset.train.images.reshape(-1, 3)
-        sums = images.sum(axis=0, dtype=np.uint64)
-        squares = np.array([np.square(images[:, c], dtype=np.uint64).sum() for c in range(3)], np.float64)
-        mean = sums / len(images)
-        std = np.sqrt(np.maximum(squares / len(images) - mean**2, 1.0))
+        counts = np.stack([np.bincount(images[:, channel], minlength=256) for channel in range(3)])
+        values = np.arange(256.0)
+        mean = counts @ values / len(images)
+        # At least one grey level, for images of one colour.
+        std = np.sqrt(np.maximum(counts @ values**2 / len(images) - mean**2, 1.0))
         config.data.mean = tuple(float(x) for x in mean / 255)
         config.data.std = tuple(float(x) for x in std / 255)
     return config
