@@ -1,9 +1,11 @@
 """What a person sees while a run trains: a bar on a terminal, now and then a line in a log file."""
 
+import contextlib
 import sys
 import time
 
 import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 _LINE_SECONDS = 15.0
 
@@ -22,6 +24,9 @@ class Progress:
         self._bar = tqdm.tqdm(
             total=total_steps, initial=step, unit="step", disable=not self._terminal, dynamic_ncols=True
         )
+        self._redirection = contextlib.ExitStack()
+        if self._terminal:  # log lines go above the bar, not into it
+            self._redirection.enter_context(logging_redirect_tqdm())
         self._line_time = time.monotonic()
         self._clock: float | None = None  # not before the first line: compilation is no speed
         self._clock_step = step
@@ -65,3 +70,4 @@ class Progress:
 
     def close(self):
         self._bar.close()
+        self._redirection.close()
