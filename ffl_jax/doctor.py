@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ refused with.
 
 
 def command(argv: list[str]):
-    values = cli.new_flags()
+    values, given = cli.new_flags(), argv[1:]  # parsing takes --config out of argv
     flags.DEFINE_string("workdir", None, "Where the run would be written.", flag_values=values)
     cli.parse(values, argv, USAGE, config=True)
     config = values.config
@@ -55,8 +56,8 @@ def command(argv: list[str]):
             _say(title, f"NOT USABLE: {error}")
     if failure:
         raise failure
-    chosen = [argument for argument in argv[1:] if argument.startswith("--config")]
-    _say("run next", " ".join(["python -m ffl_jax.main", *chosen, f"--workdir={workdir}"]))
+    others = [argument for argument in given if not argument.startswith(("--workdir", "--debug"))]
+    _say("run next", shlex.join(["python", "-m", "ffl_jax.main", *others, f"--workdir={workdir}"]))
 
 
 def _check_configuration(config, config_lib, parallel):

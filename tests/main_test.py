@@ -1,6 +1,7 @@
 """The commands' refusals: one line, the right exit code, and nothing touched; help and doctor."""
 
 import json
+import shlex
 import subprocess
 
 import conftest
@@ -132,10 +133,12 @@ def test_help(commands, module):
 
 
 def test_doctor(commands, tmp_path):
-    result = commands.run("-m", "ffl_jax.doctor", cwd=tmp_path, devices=2)
+    given = ("--config=configs/digits.py:network=resnet14", "--config.optimizer.decay_epochs=(3, 4)")
+    result = commands.run("-m", "ffl_jax.doctor", *given, "--workdir=here", cwd=tmp_path, devices=2)
     assert "2 x cpu" in result.stdout
     assert "train 1437, test 360 images of 8x8, 10 classes, 23 steps" in result.stdout
-    assert "python -m ffl_jax.main" in result.stdout.splitlines()[-1]
+    command = shlex.split(result.stdout.splitlines()[-1].removeprefix("run next:"))
+    assert command == ["python", "-m", "ffl_jax.main", *given, "--workdir=here"]
     assert not list(tmp_path.iterdir())
     flags = ("--config=configs/cifar10.py", f"--config.data.data_dir={tmp_path}")
     result = commands.run("-m", "ffl_jax.doctor", *flags, code=3)
