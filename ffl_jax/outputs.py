@@ -92,7 +92,7 @@ def draw_curves(workdir: Path, title: str):
     for name in terms:
         style = "-" if "cross_entropy" in name else "--"
         losses.plot(epochs, [row[name] for row in train], style, label=name, linewidth=1.4)
-    losses.set(title="Training loss terms", xlabel="epoch", ylabel="nats per example", yscale="symlog")
+    losses.set(title="Training loss terms", xlabel="epoch", ylabel="nats per example")
     losses.set_yscale("symlog", linthresh=1e-2)
     splits = [split for split in ("validation", "test") if any(row["split"] == split for row in rows)]
     colors = {}

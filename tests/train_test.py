@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+import types
 
 import jax
 import numpy as np
@@ -292,3 +293,11 @@ def test_stopped_before_the_last_evaluation(tmp_path, monkeypatch):
     log = (tmp_path / "metrics.jsonl").read_bytes()
     assert train.train(settings, tmp_path) == summary
     assert (tmp_path / "metrics.jsonl").read_bytes() == log
+
+
+def test_no_room_for_checkpoints(tmp_path, monkeypatch):
+    """Refused before a step is compiled or a file of the run is written."""
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**6))
+    with pytest.raises(errors.ResourceError, match=r"1\.0 MB free, but 2 checkpoints and the next one need"):
+        train.train(digits.get_config(), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
