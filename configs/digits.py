@@ -7,7 +7,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    config = common.get_config(arg, network="resnet8", epochs=20)
+    config = common.get_config(arg, "digits", network="resnet8", epochs=20, recipe="common")
     config.data.name = "digits"
     config.data.pad = 1
     config.data.flip = False  # a mirrored digit is another one, or none

@@ -9,6 +9,6 @@ from configs import common
 
 
 def get_config(arg=None):
-    config = common.get_config(arg, network="resnet20", epochs=60)
+    config = common.get_config(arg, "fashion_mnist", network="resnet20", epochs=60)
     config.data.name = "fashion_mnist"
     return config

@@ -7,7 +7,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    config = common.get_config(arg)
+    config = common.get_config(arg, "folder")
     config.data.name = "folder"
     config.data.image_size = 32
     config.data.validation_examples = 0  # a tenth of the training images or so, to choose the best epoch on

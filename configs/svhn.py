@@ -9,7 +9,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    config = common.get_config(arg)
+    config = common.get_config(arg, "svhn")
     config.data.name = "svhn_cropped"
     config.data.flip = False
     return config

@@ -5,7 +5,8 @@ import math
 
 from ml_collections import ConfigDict
 
-from ffl_jax import optimizers, subnetworks
+from ffl_jax import methods, optimizers, subnetworks
+from ffl_jax.data.augment import PAD_MODES
 from ffl_jax.errors import ConfigError
 
 # Changing these does not change what is trained, so that a run may continue with another value.
@@ -28,10 +29,12 @@ def check(config: ConfigDict):
         "evaluation.every_epochs": 1,
         "checkpoint.every_epochs": 1,
         "checkpoint.keep": 1,
-        "subnetworks.num": 2,
+        "teachers.num": 1,
+        "teachers.epochs": 1,
+        "teachers.generations": 1,
     }
     for key, bound in at_least.items():
-        if values[key] < bound:
+        if values.get(key, bound) < bound:
             raise ConfigError(f"config.{key} must be at least {bound}, got {values[key]}.")
     if values.get("method.temperature") == 0:
         raise ConfigError(f"config.method.temperature must be > 0, got {values['method.temperature']}.")
@@ -42,13 +45,46 @@ def check(config: ConfigDict):
             )
     if any(value <= 0 for value in config.data.std) or bool(config.data.mean) != bool(config.data.std):
         raise ConfigError("config.data: set mean and std together, each std > 0, or leave both empty.")
+    if config.data.pad_mode not in PAD_MODES:
+        raise ConfigError(
+            f"config.data.pad_mode must be one of {', '.join(PAD_MODES)}, got {config.data.pad_mode!r}."
+        )
     optimizers.merge_rules(config.optimizer, config.optimizer_rules)
-    subnetworks.network_names(config.subnetworks.network, config.subnetworks.num)
+    # With any number of classes: what does not go together is refused before the data is looked for.
+    methods.build(config, num_classes=2)
 
 
 def network_names(config: ConfigDict) -> list[str]:
     """The names of the K sub-networks."""
     return subnetworks.network_names(config.subnetworks.network, config.subnetworks.num)
+
+
+def teacher_names(config: ConfigDict) -> list[str]:
+    """The names of the teachers' networks; empty for a method without."""
+    if "teachers" not in config:
+        return []
+    return subnetworks.network_names(config.teachers.network, config.teachers.num, "teachers")
+
+
+def stretch(values: dict, epochs: int, standard: int) -> dict:
+    """Settings of a run of `standard` epochs for one of `epochs`: what counts epochs follows in proportion.
+
+    These are the keys that end in `_epochs`, at any depth, those in `optimizer_rules` included. Ramps and
+    warm-ups are rounded, decays fall at the beginning of a whole epoch.
+    """
+
+    def one(key, value):
+        if isinstance(value, dict):
+            return stretch(value, epochs, standard)
+        if key.endswith("optimizer_rules"):
+            return tuple((pattern, stretch(overrides, epochs, standard)) for pattern, overrides in value)
+        if not key.endswith("_epochs") or key == "every_epochs":
+            return value
+        if isinstance(value, tuple):
+            return tuple(sorted({int(x * epochs // standard) for x in value} - {0}))
+        return float(round(value * epochs / standard))
+
+    return {key: one(key, value) for key, value in values.items()}
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
@@ -81,6 +117,8 @@ def from_json(values: dict) -> ConfigDict:
 def fixed_part(values: dict) -> dict:
     """What of `to_json(config)` must stay the same when a run continues."""
     fixed = {key: value for key, value in values.items() if key not in FREE_KEYS}
+    if "teachers" in values:
+        fixed["teachers"] = {key: value for key, value in values["teachers"].items() if key != "runs"}
     fixed["data"] = {key: value for key, value in values["data"].items() if key not in FREE_DATA_KEYS}
     if values["optimizer"]["schedule"] == "cosine":
         fixed["epochs"] = values["epochs"]  # the schedule ends there

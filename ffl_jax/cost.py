@@ -25,9 +25,9 @@ def prediction_costs(method, params, model_state, image_shape) -> dict[str, dict
 
     costs = {}
     for prediction in jax.eval_shape(predictions, params, model_state, images):
-        if prediction in method.subnetwork_names():
+        if prediction in method.network_names():
             # Alone, since slicing stacked parameters looks like a use of all K copies.
-            costs[prediction] = _subnetwork_cost(method, params, model_state, images, prediction)
+            costs[prediction] = _network_cost(method, params, model_state, images, prediction)
         else:
             costs[prediction] = _cost(
                 lambda *arguments, name=prediction: predictions(*arguments)[name], params, model_state, images
@@ -35,14 +35,17 @@ def prediction_costs(method, params, model_state, image_shape) -> dict[str, dict
     return costs
 
 
-def _subnetwork_cost(method, params, model_state, images, prediction):
-    k = method.subnetwork_names().index(prediction)
-    joint = {kind: tree["subnetworks"] for kind, tree in {"params": params, **model_state}.items()}
-    variables = jax.eval_shape(lambda joint: method.subnetworks.extract(joint, k), joint)
-    network = method.subnetworks.member(k)
+def _network_cost(method, params, model_state, images, prediction):
+    taken = {}
+
+    def take(variables):
+        taken["network"], part = method.extract(variables, prediction)
+        return part
+
+    variables = jax.eval_shape(take, {"params": params, **model_state})
 
     def logits(params, model_state, images):
-        return network.apply({"params": params, **model_state}, images, train=False).logits
+        return taken["network"].apply({"params": params, **model_state}, images, train=False).logits
 
     return _cost(logits, variables.pop("params"), variables, images)
 

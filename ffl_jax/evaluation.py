@@ -1,6 +1,7 @@
 """Scores a whole split: every example exactly once, whatever its size and the number of devices."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -9,45 +10,50 @@ import jax.numpy as jnp
 from ffl_jax import checkpoint, data, metrics, steps
 from ffl_jax import config as config_lib
 from ffl_jax import parallel as parallel_lib
-from ffl_jax.data import resident
 from ffl_jax.errors import ConfigError
 from ffl_jax.experiment import Experiment, check_same
+
+
+class Sweep:
+    """One split, and a compiled program that adds up sums over it, every example exactly once."""
+
+    def __init__(self, step: Callable, method, split, config, parallel: parallel_lib.Parallel):
+        """Args: step: `steps.eval_step` or another of its form. split: a `data.Split`. config: all of it."""
+        step = functools.partial(step, method=method)
+        self._input = inputs = data.eval_input(split, config, parallel)
+
+        def add(sums, variables, arrays):
+            params, model_state = variables
+            new = step({"params": params, **model_state}, inputs.batch(arrays))
+            return jax.tree.map(jnp.add, sums, new)
+
+        # The program adds to sums that it is given, so that nothing waits for the host until the end.
+        self._zero = parallel.replicate(_zeros(step, method, split.image_shape))
+        self._program = parallel.map(add, sharded_argnums=(2,) if inputs.sharded else ())
+
+    def __call__(self, state: steps.TrainState):
+        """The sums of a replicated state, replicated; the state stays as it is."""
+        sums = self._zero
+        for arrays in self._input.batches():
+            sums = self._program(sums, (state.params, state.model_state), arrays)
+        return sums
 
 
 class Evaluator:
     """One split on the devices, and the compiled program that scores it."""
 
     def __init__(self, method, split, config, parallel: parallel_lib.Parallel):
-        """Args: method: a `Method`. split: a `data.base.Split`. config: the whole configuration."""
-        devices = parallel.num_devices
-        batch_size = min(config.evaluation.batch_size, len(split.labels))
-        batch_size = -(-batch_size // devices) * devices
-        # The program adds to sums that it is given, so that nothing waits for the host until the end.
-        self._zero = parallel.replicate(_zero_sums(method, split.images.shape[1:]))
-        indices, weights = resident.eval_batches(len(split.labels), batch_size)
-        self._batches = [parallel.replicate(batch) for batch in zip(indices, weights, strict=True)]
-        self._data = parallel.replicate((split.images, split.labels))
+        """Args: method: a `Method`. split: a `data.Split`. config: the whole configuration."""
+        self._sweep = Sweep(steps.eval_step, method, split, config, parallel)
         self._parallel = parallel
-        self._program = parallel.map(functools.partial(_score_batch, method=method, settings=config.data))
 
     def __call__(self, state: steps.TrainState) -> dict[str, dict[str, float]]:
         """{prediction: scores} of a replicated state; the state stays as it is."""
-        sums = self._zero
-        for batch in self._batches:
-            sums = self._program(sums, (state.params, state.model_state), self._data, batch)
-        sums = jax.device_get(self._parallel.fetch(sums))
+        sums = jax.device_get(self._parallel.fetch(self._sweep(state)))
         return {name: metrics.classification_scores(one) for name, one in sums.items()}
 
 
-def _score_batch(sums, variables, data, batch, *, method, settings):
-    params, model_state = variables
-    indices, weights = (parallel_lib.share(x) for x in batch)
-    inputs = resident.eval_batch(*data, indices, weights, settings)
-    new = steps.eval_step({"params": params, **model_state}, inputs, method=method)
-    return jax.tree.map(jnp.add, sums, new)
-
-
-def _zero_sums(method, image_shape):
+def _zeros(step, method, image_shape):
     def sums():
         params, model_state = steps.init_variables(method, jax.random.key(0), image_shape)
         batch = {
@@ -55,7 +61,7 @@ def _zero_sums(method, image_shape):
             "label": jnp.zeros((1,), jnp.int32),
             "weight": jnp.zeros((1,)),
         }
-        return steps.eval_step({"params": params, **model_state}, batch, method=method)
+        return step({"params": params, **model_state}, batch)
 
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums))
 

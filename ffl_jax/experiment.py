@@ -35,7 +35,7 @@ class Experiment:
                 f"{dataset.name}: {len(dataset.train.labels)} training examples are fewer than one batch: "
                 f"set config.batch_size to at most that, now {config.batch_size}."
             )
-        height, width, _ = dataset.train.images.shape[1:]
+        height, width, _ = dataset.train.image_shape
         if config.data.pad >= min(height, width):
             raise ConfigError(
                 f"config.data.pad={config.data.pad} reflects more than there is: it must be below the "
@@ -43,8 +43,13 @@ class Experiment:
             )
         self.config = resolve(config, dataset)
         self.dataset = dataset
-        self.image_shape = dataset.train.images.shape[1:]
+        self.image_shape = dataset.train.image_shape
         self.method = methods.build(config, len(dataset.class_names))
+        if self.method.uses_validation and dataset.validation is None:
+            raise ConfigError(
+                f"this {config.method.name} learns from a validation split of the training images: set "
+                "config.data.validation_examples, now 0."
+            )
         self.steps_per_epoch = resident.steps_per_epoch(len(dataset.train.labels), config.batch_size)
         key = jax.random.key(config.seed)
         params, _ = jax.eval_shape(

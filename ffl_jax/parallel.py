@@ -101,18 +101,39 @@ class Parallel:
             return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
         return jax.tree.map(lambda x: jnp.copy(x.addressable_shards[0].data), tree)
 
-    def map(self, function, donate_argnums=()):
+    def shard(self, tree):
+        """Splits host arrays along their first axis over the devices, for an argument that `map` calls so.
+
+        The axis must be a multiple of the number of devices.
+        """
+
+        def put(x):
+            if self.mode == "pmap":
+                x = x.reshape(self.num_devices, -1, *x.shape[1:])
+            return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(_AXIS)))
+
+        return jax.tree.map(put, tree)
+
+    def map(self, function, donate_argnums=(), sharded_argnums=()):
         """Compiles `function` for all devices; replicated trees in, replicated trees out.
 
         The results must be equal on every device: join them with `mean` or `sum`. Arguments named by
-        `donate_argnums` give their memory to the results and cannot be used again.
+        `donate_argnums` give their memory to the results and cannot be used again; of those named by
+        `sharded_argnums` each device sees its own part, see `shard`.
         """
         if self.mode == "pmap":
             return jax.pmap(function, _AXIS, devices=self.devices, donate_argnums=donate_argnums)
         # Checking is off because it would sum the gradients of replicated parameters by itself, and so
         # give another meaning to `mean` than under pmap.
-        replicated = PartitionSpec()
-        mapped = jax.shard_map(
-            function, mesh=self._mesh, in_specs=replicated, out_specs=replicated, check_vma=False
-        )
-        return functools.wraps(function)(jax.jit(mapped, donate_argnums=donate_argnums))
+
+        def run(*arguments):
+            specs = tuple(
+                PartitionSpec(_AXIS) if index in sharded_argnums else PartitionSpec()
+                for index in range(len(arguments))
+            )
+            mapped = jax.shard_map(
+                function, mesh=self._mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+            )
+            return mapped(*arguments)
+
+        return functools.wraps(function)(jax.jit(run, donate_argnums=donate_argnums))

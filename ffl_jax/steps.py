@@ -86,7 +86,8 @@ def train_step(state: TrainState, batch: dict[str, jax.Array], *, method, optimi
 
     Args:
       state: before the step.
-      batch: `image` [B, H, W, 3], normalised, and `label` int [B]; this device's part of it.
+      batch: `image` [B, H, W, 3], or [K, B, H, W, 3] where the method asks for views, normalised, and `label`
+        int [B]; this device's part of it.
       method: a `Method`.
       optimizers: {objective: optax transformation}.
       steps_per_epoch: turns steps into the epochs that a method's ramps count in.
@@ -116,12 +117,13 @@ def train_step(state: TrainState, batch: dict[str, jax.Array], *, method, optimi
             gradients, state.opt_state[objective], state.params
         )
         params = optax.apply_updates(params, updates)
+    # Batch norm has already joined its statistics over the devices; this keeps any other state equal.
+    model_state = method.after_step(params, parallel.mean(model_state), state.step)
     return state.replace(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
-        # Batch norm has already joined its statistics over the devices; this keeps any other state equal.
-        model_state=parallel.mean(model_state),
+        model_state=model_state,
         record=jax.tree.map(jnp.add, state.record, record),
     )
 
@@ -130,3 +132,9 @@ def eval_step(variables, batch: dict[str, jax.Array], *, method) -> dict[str, di
     """{prediction: sums for its scores} over a batch with `image`, `label` and `weight` (0 for padding)."""
     outputs = method.apply(variables, batch["image"], train=False)
     return prediction_sums(method, outputs, batch["label"], batch["weight"])
+
+
+def validation_step(variables, batch: dict[str, jax.Array], *, method) -> dict[str, jax.Array]:
+    """The method's own sums over a batch like that of `eval_step`."""
+    outputs = method.apply(variables, batch["image"], train=False)
+    return parallel.sum(method.validation_sums(outputs, batch["label"], batch["weight"]))

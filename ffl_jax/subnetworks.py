@@ -26,8 +26,8 @@ class Stacked(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num < 2:
-            raise ConfigError(f"subnetworks.num must be at least 2 to teach one another, got {self.num}.")
+        if self.num < 1:
+            raise ConfigError(f"subnetworks.num must be at least 1, got {self.num}.")
         if not 0 <= self.shared_stages < self.network.num_stages:
             raise ConfigError(
                 f"subnetworks.shared_stages must be 0..{self.network.num_stages - 1} for a network of "
@@ -35,35 +35,57 @@ class Stacked(nn.Module):
             )
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> tuple[NetworkOutputs, ...]:
-        """[B, H, W, 3] -> the outputs of the K sub-networks, in order."""
-        x, trunk_map = images, None
+    def __call__(
+        self, images: jax.Array, train: bool, trunk_gradient: float = 1.0
+    ) -> tuple[NetworkOutputs, ...]:
+        """The outputs of the K sub-networks, in order.
+
+        Args:
+          images: [B, H, W, 3], or one view for each sub-network, [K, B, H, W, 3]; the trunk takes all views
+            as one batch, so that its batch statistics are theirs together.
+          train: use and update batch statistics.
+          trunk_gradient: what the gradient is multiplied by on its way from the branches to the trunk.
+        """
+        x, views = images, images.ndim == 5
+        trunk_map = None
         if self.shared_stages:
-            x = trunk_map = self.network.clone(stop=self.shared_stages, parent=self, name="trunk")(x, train)
+            trunk = self.network.clone(stop=self.shared_stages, parent=self, name="trunk")
+            x = trunk(x.reshape(-1, *x.shape[-3:]), train)
+            if views:
+                x = x.reshape(self.num, -1, *x.shape[-3:])
+            trunk_map = x
+            if trunk_gradient != 1:
+                x = trunk_gradient * x + jax.lax.stop_gradient((1 - trunk_gradient) * x)
         branch = self.network.clone(start=self.shared_stages, parent=None)
 
         def init():
             keys = jax.random.split(self.make_rng("params"), self.num)
-            return jax.vmap(lambda key: branch.init(key, x, train=False))(keys)
+            return jax.vmap(lambda key: branch.init(key, x[0] if views else x, train=False))(keys)
 
         params = self.variable("params", "branches", lambda: init()["params"]).value
         statistics = self.variable("batch_stats", "branches", lambda: init()["batch_stats"])
 
-        def run(params, statistics):
+        def run(params, statistics, x):
             variables = {"params": params, "batch_stats": statistics}
             outputs, updates = branch.apply(variables, x, train, mutable=["batch_stats"])
             return outputs, updates["batch_stats"]
 
         if self.vectorize:
-            outputs, new_statistics = jax.vmap(run)(params, statistics.value)
-            outputs = [jax.tree.map(lambda leaf, k=k: leaf[k], outputs) for k in range(self.num)]
+            axes = (0, 0, 0 if views else None)
+            outputs, new_statistics = jax.vmap(run, in_axes=axes)(params, statistics.value, x)
+            outputs = [_pick(outputs, k) for k in range(self.num)]
         else:
-            results = [run(*_pick((params, statistics.value), k)) for k in range(self.num)]
+            results = [
+                run(*_pick((params, statistics.value), k), x[k] if views else x) for k in range(self.num)
+            ]
             outputs = [output for output, _ in results]
             new_statistics = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[new for _, new in results])
         if train:
             statistics.value = new_statistics
-        return tuple(output.replace(trunk_map=trunk_map) for output in outputs)
+        if trunk_map is None:
+            return tuple(outputs)
+        maps = trunk_map if views else [trunk_map] * self.num
+        return tuple(output.replace(trunk_map=x) for output, x in zip(outputs, maps, strict=True))
 
     def member(self, k: int) -> Network:
         """Sub-network k as a plain network."""
@@ -86,8 +108,9 @@ class Mixed(nn.Module):
         return len(self.networks)
 
     def __call__(self, images: jax.Array, train: bool) -> tuple[NetworkOutputs, ...]:
-        """[B, H, W, 3] -> the outputs of the K sub-networks, in order."""
-        return tuple(network(images, train) for network in self.networks)
+        """[B, H, W, 3], or a view for each [K, B, H, W, 3] -> the outputs of the K sub-networks, in order."""
+        views = images if images.ndim == 5 else [images] * self.num
+        return tuple(network(view, train) for network, view in zip(self.networks, views, strict=True))
 
     def member(self, k: int) -> Network:
         """Sub-network k as a plain network."""
@@ -102,15 +125,15 @@ def _pick(tree, k):
     return jax.tree.map(lambda leaf: leaf[k], tree)
 
 
-def network_names(network: str, num: int) -> list[str]:
-    """The K names that `network` ("resnet32", or "resnet32+resnet56") and `num` stand for."""
+def network_names(network: str, num: int, section: str = "subnetworks") -> list[str]:
+    """The names that `network` ("resnet32", or "resnet32+resnet56") and `num` in a section stand for."""
     names = network.split("+")
-    if num < 2:
-        raise ConfigError(f"subnetworks.num must be at least 2 to teach one another, got {num}.")
+    if num < 1:
+        raise ConfigError(f"{section}.num must be at least 1, got {num}.")
     if len(names) == 1:
         return names * num
     if num != len(names):
-        raise ConfigError(f"subnetworks.network={network!r} lists {len(names)} networks, but num={num}.")
+        raise ConfigError(f"{section}.network={network!r} lists {len(names)} networks, but num={num}.")
     return names
 
 

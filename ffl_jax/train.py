@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ffl_jax import checkpoint, cost, data, metrics, outputs, preemption, steps
+from ffl_jax import checkpoint, cost, data, metrics, outputs, preemption, steps, teachers
 from ffl_jax import config as config_lib
 from ffl_jax import parallel as parallel_lib
-from ffl_jax.data import resident
 from ffl_jax.errors import NonFiniteError, ResourceError
-from ffl_jax.evaluation import Evaluator
+from ffl_jax.evaluation import Evaluator, Sweep
 from ffl_jax.experiment import RUN_FORMAT, Experiment, check_same, versions
 from ffl_jax.progress import Progress
 
@@ -32,22 +31,24 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
     parallel.check_batch_size(config.batch_size)
     workdir = Path(workdir).absolute()
     with checkpoint.lock(workdir):
-        run = _Run(config, workdir, parallel)
-        return run.train()
+        new = not checkpoint.exists(workdir / "checkpoints")
+        runs = teachers.prepare(config, workdir, train) if new else []
+        return _Run(config, workdir, parallel, runs).train()
 
 
 class _Run:
     """One training in one folder.
 
     Attributes:
+      teachers: the runs that a new run takes its teachers from.
       best: {"step", "epoch", "validation_top1", "predictors"} of the epoch that the validation split prefers;
         None without one.
       evaluated_step: the last step that was evaluated, -1 at first.
       scores: {split: {prediction: scores}} there.
     """
 
-    def __init__(self, config, workdir, parallel):
-        self.workdir, self.parallel = workdir, parallel
+    def __init__(self, config, workdir, parallel, teachers):
+        self.workdir, self.parallel, self.teachers = workdir, parallel, teachers
         self.directory = workdir / "checkpoints"
         self.experiment = Experiment(config, data.load(config.data))
         self.config = self.experiment.config
@@ -61,7 +62,8 @@ class _Run:
     def restore(self):
         """(state, bytes of the log) to continue from: of the newest whole checkpoint, or of a new run."""
         if not checkpoint.exists(self.directory):
-            return self.experiment.initial_state(), 0
+            state = self.experiment.initial_state()
+            return teachers.install(state, self.teachers, self.experiment), 0
         step = checkpoint.find(self.directory, quarantine=True)
         run = checkpoint.load_run(self.directory, step)
         check_same(run, self.experiment, self.directory / str(step))
@@ -191,14 +193,16 @@ class _Run:
     def loop(self, state, step, log, progress, writers) -> int:
         """Trains from `step` to the end, or until a signal; returns the last step, which is being saved."""
         config, dataset, per_epoch = self.config, self.experiment.dataset, self.experiment.steps_per_epoch
-        examples = self.parallel.replicate((dataset.train.images, dataset.train.labels))
-        train_step, epoch_order = self.programs()
+        method = self.experiment.method
+        views = method.subnetworks.num if method.views else 0
+        inputs = data.train_input(dataset.train, config, self.parallel, views)
+        train_step, before_epoch = self.training_step(inputs), self.validation_update()
         evaluators = {
-            name: Evaluator(self.experiment.method, split, config, self.parallel)
+            name: Evaluator(method, split, config, self.parallel)
             for name, split in (("validation", dataset.validation), ("test", dataset.test))
             if split is not None
         }
-        order, saved = None, (step, self.evaluated_step)
+        batches, saved = None, (step, self.evaluated_step)
         while True:
             epoch, position = divmod(step, per_epoch)
             last = step == self.total_steps
@@ -214,40 +218,49 @@ class _Run:
                 self.save(writers["newest"], step, state, log, replace=saved[0] == step)
                 saved = (step, self.evaluated_step)
             if last or stopping:
+                inputs.close()
                 return step
-            if order is None or position == 0:
-                order = epoch_order(self.parallel.replicate(np.int32(epoch)))
-            state = train_step(state, order, examples)
+            if position == 0:
+                state = before_epoch(state)
+            if batches is None or position == 0:
+                batches = inputs.batches(epoch, position)
+            state = train_step(state, next(batches))
             step += 1
             progress.advance()
             if step % config.log_every_steps == 0 or step % per_epoch == 0:
                 self.record(state, step, log, progress)
 
-    def programs(self):
-        """The compiled training step and the compiled order of an epoch."""
-        experiment, config = self.experiment, self.config
+    def training_step(self, inputs):
+        """The compiled step: (state, arrays of a batch) -> state."""
+        experiment, every = self.experiment, self.config.log_every_steps
 
-        def step(state, order, examples):
-            epoch, position = jnp.divmod(state.step, experiment.steps_per_epoch)
+        def step(state, arrays):
             # A line of the log was written, or the run begins.
-            fresh = (position == 0) | (state.step % config.log_every_steps == 0)
+            fresh = (state.step % experiment.steps_per_epoch == 0) | (state.step % every == 0)
             state = state.replace(record=jax.tree.map(lambda x: jnp.where(fresh, 0, x), state.record))
-            indices = parallel_lib.share(order[position])
-            batch = resident.train_batch(*examples, indices, config.seed, epoch, config.data)
             return steps.train_step(
                 state,
-                batch,
+                inputs.batch(arrays, state.step),
                 method=experiment.method,
                 optimizers=experiment.optimizers,
                 steps_per_epoch=experiment.steps_per_epoch,
             )
 
-        def order(epoch):
-            return resident.epoch_order(
-                config.seed, epoch, len(experiment.dataset.train.labels), config.batch_size
-            )
+        return self.parallel.map(step, donate_argnums=(0,), sharded_argnums=(1,) if inputs.sharded else ())
 
-        return self.parallel.map(step, donate_argnums=(0,)), self.parallel.map(order)
+    def validation_update(self):
+        """What is done to the state before every epoch: where the method learns from the validation split."""
+        method = self.experiment.method
+        if not method.uses_validation:
+            return lambda state: state
+        split = self.experiment.dataset.validation
+        sweep = Sweep(steps.validation_step, method, split, self.config, self.parallel)
+
+        def update(state, sums):
+            return state.replace(model_state={**state.model_state, **method.validation_state(sums)})
+
+        program = self.parallel.map(update, donate_argnums=(0,))
+        return lambda state: program(state, sweep(state))
 
     def record(self, state, step: int, log, progress):
         """Writes the line for the steps since the last one; raises if one of them was not finite."""

@@ -76,6 +76,8 @@ def test_equal_networks_share_all_but_the_last_stage(arg, network, num, shared_s
         ("network=", "network="),
         ("resnet32", "key=value"),
         ("method=fll", r"unknown method 'fll'.*ffl"),
+        ("recipe=fair", r"recipe=fair.*common, published"),
+        ("epochs=ten", "epochs=ten"),
     ],
 )
 def test_wrong_presets(arg, message):
@@ -338,3 +340,76 @@ def test_the_end_of_a_cosine_schedule_is_fixed():
 def test_common_takes_presets_of_a_file():
     assert common.get_config(None, network="resnet8").subnetworks.network == "resnet8"
     assert common.get_config("network=resnet14", network="resnet8").subnetworks.network == "resnet14"
+
+
+@pytest.mark.parametrize("epochs", [300, 60, 7, 1])
+def test_stretch_follows_in_proportion(epochs):
+    values = {
+        "rampup_epochs": 80.0,
+        "every_epochs": 5,
+        "learning_rate": 0.1,
+        "optimizer": {"decay_epochs": (150, 225)},
+        "optimizer_rules": (("a/.*", {"decay_epochs": (75,), "learning_rate": 1.0}),),
+    }
+    expected = {
+        300: (80.0, (150, 225), (75,)),
+        60: (16.0, (30, 45), (15,)),
+        7: (2.0, (3, 5), (1,)),
+        1: (0.0, (), ()),
+    }[epochs]
+    actual = config_lib.stretch(values, epochs, 300)
+    assert actual == {
+        "rampup_epochs": expected[0],
+        "every_epochs": 5,
+        "learning_rate": 0.1,
+        "optimizer": {"decay_epochs": expected[1]},
+        "optimizer_rules": (("a/.*", {"decay_epochs": expected[2], "learning_rate": 1.0}),),
+    }
+
+
+class Recipe(methods.Method):
+    """A method with a recipe of 200 epochs."""
+
+    warmup_epochs: float = 30.0
+
+    num = (3, None)
+
+    @classmethod
+    def recipe(cls, data):
+        assert data == "somewhere"
+        return {
+            "epochs": 200,
+            "optimizer.decay_epochs": (50, 100),
+            "data.pad_mode": "zero",
+            "batch_size": 64,
+            "subnetworks.num": 4,
+            "optimizer_rules": (("loss/.*", {"decay_epochs": (100,)}),),
+        }
+
+
+@pytest.mark.parametrize(
+    ("arg", "epochs", "decays", "rule_decays", "warmup", "pad_mode", "batch_size", "num"),
+    [
+        ("", 200, (50, 100), (100,), 20.0, "zero", 64, 4),
+        ("epochs=20", 20, (5, 10), (10,), 2.0, "zero", 64, 4),
+        ("recipe=common", 300, (150, 225), (150,), 30.0, "reflect", 128, 4),
+        ("recipe=common,epochs=30", 30, (15, 22), (15,), 3.0, "reflect", 128, 4),
+        ("network=resnet8+resnet14+resnet20", 200, (50, 100), (100,), 20.0, "zero", 64, 3),
+    ],
+)
+def test_recipes(monkeypatch, arg, epochs, decays, rule_decays, warmup, pad_mode, batch_size, num):
+    monkeypatch.setitem(methods.METHODS, "recipe", Recipe)
+    config = common.get_config(arg, "somewhere", method="recipe")
+    actual = (config.epochs, config.optimizer.decay_epochs, config.optimizer_rules[0][1]["decay_epochs"])
+    assert actual == (epochs, decays, rule_decays)
+    assert (config.method.warmup_epochs, config.data.pad_mode) == (warmup, pad_mode)
+    assert (config.batch_size, config.subnetworks.num) == (batch_size, num)
+
+
+def test_a_dataset_with_a_standard_of_its_own():
+    standard = {"epochs": 90, "optimizer.decay_epochs": (30, 60), "batch_size": 256}
+    config = common.get_config("method=ffl,network=resnet18", "imagenet", standard)
+    assert (config.epochs, config.optimizer.decay_epochs, config.batch_size) == (90, (30, 60), 256)
+    assert config.method.rampup_epochs == 24  # 80 of 300
+    config = common.get_config("epochs=30", "imagenet", standard)
+    assert (config.epochs, config.optimizer.decay_epochs) == (30, (10, 20))

@@ -6,12 +6,41 @@ import pathlib
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ffl_jax.models import NETWORKS, Network
+from ffl_jax.models.base import batch_norm, conv
+
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Tiny(Network):
+    """Three stages of one convolution each, `width`, twice and four times as wide, that compile in no time.
+
+    Attributes:
+      width: channels of the first stage.
+      strides: of the stages.
+    """
+
+    width: int = 4
+    strides: tuple[int, int, int] = (1, 2, 2)
+
+    def stem(self, x, train):
+        return x
+
+    def stage(self, index, x, train):
+        x = conv(self.width * 2**index, 3, self.strides[index], name=f"stage{index + 1}_conv")(x)
+        return nn.relu(batch_norm(train, name=f"stage{index + 1}_norm")(x))
+
+
+NETWORKS.register("tiny")(Tiny)
+NETWORKS.register("tiny_wide")(
+    functools.partial(Tiny, width=6, strides=(1, 2, 1))
+)  # 8x8: ends at 4x4, not 2x2
 
 
 def draw_variables(module, inputs):

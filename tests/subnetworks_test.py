@@ -88,6 +88,59 @@ def test_vmap_equals_loop_and_both_equal_plain_networks(num, shared_stages):
             chex.assert_trees_all_close(gradient, total, **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", ["loop", "vmap", "mixed"])
+def test_every_subnetwork_sees_its_own_view(kind):
+    """K views against each network alone on its view, without a trunk: statistics included."""
+    module = build("tiny+tiny_wide" if kind == "mixed" else "tiny", 2, 10, vectorize=kind == "vmap")
+    with jax.enable_x64(True):
+        variables = draw_variables(module, draw_images())
+        views = jnp.stack([draw_images(), jnp.flip(draw_images(), 2) + 1])
+        outputs, updates = jit(functools.partial(module.apply, train=True, mutable=["batch_stats"]))(
+            variables, views
+        )
+        for k in range(2):
+            alone, statistics = jit(
+                functools.partial(module.member(k).apply, train=True, mutable=["batch_stats"])
+            )(module.extract(variables, k), views[k])
+            chex.assert_trees_all_close(outputs[k].logits, alone.logits, **TOLERANCE)
+            chex.assert_trees_all_close(module.extract(updates, k), statistics, **TOLERANCE)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_the_trunk_takes_all_views_as_one_batch(vectorize):
+    module = build("tiny", 2, 10, 1, vectorize)
+    with jax.enable_x64(True):
+        variables, views = draw_variables(module, draw_images()), jnp.stack([draw_images(), draw_images()])
+        apply = jit(functools.partial(module.apply, train=True, mutable=["batch_stats"]))
+        joint, updates = apply(variables, views)
+        single, expected = apply(variables, draw_images())
+        # Twice the same images have the statistics of one time.
+        chex.assert_trees_all_close((joint, updates), (single, expected), **TOLERANCE)
+        other, _ = apply(variables, views.at[1].add(1.0))
+        assert jnp.abs(other[0].logits - joint[0].logits).max() > 1e-3  # through the statistics alone
+        assert other[0].trunk_map.shape == (4, 8, 8, 4)
+
+
+def test_trunk_gradient_scales_what_the_branches_send_back():
+    module = build("tiny", 3, 10, 2)
+    with jax.enable_x64(True):
+        variables, images = draw_variables(module, draw_images()), draw_images()
+
+        @functools.partial(jit, static_argnums=0)
+        def gradients(scale):
+            def loss(params):
+                outputs = module.apply(variables | {"params": params}, images, False, scale)
+                return sum(weigh(output, k) for k, output in enumerate(outputs))
+
+            return jax.value_and_grad(loss)(variables["params"])
+
+        (value, plain), (scaled_value, scaled) = gradients(1.0), gradients(0.25)
+        chex.assert_trees_all_close(value, scaled_value, **TOLERANCE)
+        chex.assert_trees_all_close(plain["branches"], scaled["branches"], **TOLERANCE)
+        quarter = jax.tree.map(lambda leaf: leaf / 4, plain["trunk"])
+        chex.assert_trees_all_close(quarter, scaled["trunk"], **TOLERANCE)
+
+
 def test_inference_leaves_statistics_as_they_are():
     module = build("resnet8", 2, 10, 2)
     with jax.enable_x64(True):
@@ -160,7 +213,7 @@ def test_network_names():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet8", 1, 10), r"subnetworks\.num must be at least 2.*got 1"),
+        (("resnet8", 0, 10), r"subnetworks\.num must be at least 1.*got 0"),
         (("resnet8", 2, 10, -1), r"shared_stages must be 0\.\.2.*got -1"),
         (("resnet8", 2, 10, 3), r"shared_stages must be 0\.\.2.*got 3"),
         (("resnet18", 2, 10, 4), r"shared_stages must be 0\.\.3.*got 4"),
@@ -178,8 +231,8 @@ def test_impossible_subnetworks_are_refused(arguments, message):
 
 def test_stacked_checks_itself():
     network = NETWORKS.lookup("resnet8")(10)
-    for num in (-1, 0, 1):
-        with pytest.raises(ConfigError, match=rf"subnetworks\.num must be at least 2.*got {num}"):
+    for num in (-1, 0):
+        with pytest.raises(ConfigError, match=rf"subnetworks\.num must be at least 1.*got {num}"):
             Stacked(network, num=num)
     with pytest.raises(ConfigError, match="shared_stages"):
         Stacked(network, shared_stages=3)

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from ffl_jax.data import base, tfds
+from ffl_jax.data import base, resident, tfds
 from ffl_jax.data import digits as digits
 from ffl_jax.data import folder as folder
 from ffl_jax.data.base import Dataset, Split
 from ffl_jax.errors import ConfigError, DatasetError
 
-__all__ = ["Dataset", "Split", "load"]
+__all__ = ["Dataset", "Split", "eval_input", "load", "train_input"]
 
 
 def load(config) -> Dataset:
@@ -45,6 +45,33 @@ def load(config) -> Dataset:
     )
     train, validation = _carve(config, train)
     return Dataset(config.name, train, test, class_names, fingerprint, validation)
+
+
+def train_input(split: Split, config, parallel, views: int = 0):
+    """What feeds the training step with a split.
+
+    Args:
+      split: of a `Dataset`.
+      config: the whole configuration, with mean and std filled in.
+      parallel: a `Parallel`.
+      views: augmentations of each image, one for each sub-network; 0 for one that all see.
+
+    Returns:
+      An object with `steps_per_epoch`; `batches(epoch, position)`, an iterator over the arrays of this and
+      the following batches of one epoch, on the devices; `batch(arrays, step)`, to be called inside the
+      compiled step, which gives this device's `image` and `label`; `sharded`, whether these arrays are split
+      over the devices rather than replicated; `close()`. What it gives is a pure function of the
+      configuration's seed, the epoch and the position.
+    """
+    return resident.TrainInput(split, config, parallel, views)
+
+
+def eval_input(split: Split, config, parallel):
+    """What feeds evaluation with a split: `batches()` gives every example once.
+
+    `batch(arrays)`, inside the compiled program, gives `image`, `label` and `weight`, which is 0 for padding.
+    """
+    return resident.EvalInput(split, config, parallel)
 
 
 def _checked(name: str, role: str, split: Split, num_classes: int) -> Split:

@@ -25,6 +25,11 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, 3) of what networks see."""
+        return self.images.shape[1:]
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:

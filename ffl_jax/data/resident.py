@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ffl_jax import parallel as parallel_lib
 from ffl_jax.data import augment
 
 
@@ -28,21 +29,39 @@ def epoch_order(seed: int, epoch: jax.Array, num_examples: int, batch_size: int)
 
 
 def train_batch(
-    images: jax.Array, labels: jax.Array, indices: jax.Array, seed: int, epoch: jax.Array, settings
+    images: jax.Array,
+    labels: jax.Array,
+    indices: jax.Array,
+    seed: int,
+    epoch: jax.Array,
+    settings,
+    views: int = 0,
 ) -> dict[str, jax.Array]:
-    """An augmented, normalised batch.
+    """An augmented, normalised batch: `image` [B, H, W, 3], or [views, B, H, W, 3], and `label` [B].
 
     Args:
       images, labels: the whole training split, uint8 [N, H, W, 3] and int32 [N].
       indices: [B], the examples to take.
       seed, epoch: with the example's index they fix its augmentation, whatever device or position it has.
-      settings: the `data` section of the configuration: `pad`, `flip`, `mean`, `std`.
+      settings: the `data` section of the configuration: `pad`, `pad_mode`, `flip`, `mean`, `std`.
+      views: how many augmentations of each image to make, independent of one another; 0 for one without the
+        leading axis.
     """
     # Away from the key of the order itself, which the same epoch folds in.
     epoch_key = jax.random.fold_in(jax.random.fold_in(_data_key(seed), epoch), 1)
     keys = jax.vmap(lambda index: jax.random.fold_in(epoch_key, index))(indices)
-    batch = augment.pad_crop_flip(images[indices], keys, settings.pad, settings.flip)
-    return {"image": augment.normalize(batch, settings.mean, settings.std), "label": labels[indices]}
+    chosen = images[indices]
+
+    def view(keys):
+        batch = augment.pad_crop_flip(chosen, keys, settings.pad, settings.flip, settings.pad_mode)
+        return augment.normalize(batch, settings.mean, settings.std)
+
+    if views:
+        fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+        image = jnp.stack([view(fold(keys, index)) for index in range(views)])
+    else:
+        image = view(keys)
+    return {"image": image, "label": labels[indices]}
 
 
 def eval_batches(num_examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,6 +80,59 @@ def eval_batch(images, labels, indices, weights, settings) -> dict[str, jax.Arra
         "label": labels[indices],
         "weight": weights,
     }
+
+
+class TrainInput:
+    """Feeds the training step; see `data.train_input`."""
+
+    sharded = False
+
+    def __init__(self, split, config, parallel, views: int):
+        self._settings, self._seed, self._views = config.data, config.seed, views
+        self._parallel = parallel
+        self._examples = parallel.replicate((split.images, split.labels))
+        self.steps_per_epoch = steps_per_epoch(len(split.labels), config.batch_size)
+
+        def order(epoch):
+            return epoch_order(config.seed, epoch, len(split.labels), config.batch_size)
+
+        self._order = parallel.map(order)
+
+    def batches(self, epoch: int, position: int):
+        order = self._order(self._parallel.replicate(np.int32(epoch)))
+        for _ in range(position, self.steps_per_epoch):
+            yield order, self._examples  # the step picks its batch itself, by its number
+
+    def batch(self, arrays, step: jax.Array) -> dict[str, jax.Array]:
+        order, examples = arrays
+        epoch, position = jnp.divmod(step, self.steps_per_epoch)
+        indices = parallel_lib.share(order[position])
+        return train_batch(*examples, indices, self._seed, epoch, self._settings, self._views)
+
+    def close(self):
+        pass
+
+
+class EvalInput:
+    """Feeds the evaluation step; see `data.eval_input`."""
+
+    sharded = False
+
+    def __init__(self, split, config, parallel):
+        self._settings = config.data
+        devices = parallel.num_devices
+        batch_size = min(config.evaluation.batch_size, len(split.labels))
+        indices, weights = eval_batches(len(split.labels), -(-batch_size // devices) * devices)
+        self._chosen = [parallel.replicate(batch) for batch in zip(indices, weights, strict=True)]
+        self._examples = parallel.replicate((split.images, split.labels))
+
+    def batches(self):
+        for chosen in self._chosen:
+            yield chosen, self._examples
+
+    def batch(self, arrays) -> dict[str, jax.Array]:
+        (indices, weights), examples = arrays
+        return eval_batch(*examples, parallel_lib.share(indices), parallel_lib.share(weights), self._settings)
 
 
 def _data_key(seed):

@@ -4,13 +4,15 @@ import dataclasses
 
 from ffl_jax import subnetworks
 from ffl_jax.errors import ConfigError
-from ffl_jax.methods import ffl  # noqa: F401
+from ffl_jax.methods import ffl as ffl
+from ffl_jax.methods import independent as independent
 from ffl_jax.methods.base import METHODS, Method
+from ffl_jax.models import NETWORKS
 from ffl_jax.registry import nearest
 
-__all__ = ["METHODS", "Method", "build", "hyper_parameters"]
+__all__ = ["METHODS", "Method", "build", "hyper_parameters", "takes_teachers"]
 
-_SET_BY_BUILD = ("subnetworks", "num_classes", "parent", "name")
+_SET_BY_BUILD = ("subnetworks", "num_classes", "teachers", "parent", "name")
 
 
 def hyper_parameters(name: str) -> dict:
@@ -19,8 +21,13 @@ def hyper_parameters(name: str) -> dict:
     return {field.name: field.default for field in fields if field.name not in _SET_BY_BUILD}
 
 
+def takes_teachers(name: str) -> bool:
+    """Whether the method called `name` learns from networks that are trained before it."""
+    return any(field.name == "teachers" for field in dataclasses.fields(METHODS.lookup(name)))
+
+
 def build(config, num_classes: int) -> Method:
-    """The method that the sections `method` and `subnetworks` of a configuration describe.
+    """The method that the sections `method`, `subnetworks` and `teachers` of a configuration describe.
 
     Raises:
       ConfigError: a name or a hyper-parameter is unknown, or parts do not go together.
@@ -31,5 +38,12 @@ def build(config, num_classes: int) -> Method:
     for key in settings:
         if key not in known:
             raise ConfigError(f"method {name} has no hyper-parameter {key!r}: {nearest(key, known)}")
+    if takes_teachers(name):
+        teachers = subnetworks.network_names(config.teachers.network, config.teachers.num, "teachers")
+        settings["teachers"] = subnetworks.Mixed(
+            tuple(NETWORKS.lookup(teacher)(num_classes) for teacher in teachers)
+        )
     networks = subnetworks.build(num_classes=num_classes, **config.subnetworks)
-    return METHODS[name](networks, num_classes, **settings)
+    method = METHODS[name](networks, num_classes, **settings)
+    method.check()
+    return method

@@ -1,11 +1,14 @@
 """The interface of a method of online distillation."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 
+from ffl_jax.errors import ConfigError
+from ffl_jax.models import Network
 from ffl_jax.registry import Registry
+from ffl_jax.subnetworks import Mixed
 
 METHODS = Registry("method")
 
@@ -13,8 +16,11 @@ METHODS = Registry("method")
 class Method(nn.Module):
     """Networks, modules and losses of one method.
 
-    Fields beside these are its hyper-parameters, with the paper's defaults. A method never sees an optimiser,
-    a device, a checkpoint or a loop, and none of these knows which method runs.
+    Fields beside these are its hyper-parameters, with the paper's defaults. Those that count epochs end in
+    `_epochs`, for runs of 300, and are stretched with the run. A field `teachers`, None by default, asks for
+    networks that are trained before: it is set to a `Mixed`, whose parameters no objective may train. A
+    method never sees an optimiser, a device, a checkpoint or a loop, and none of these knows which method
+    runs.
 
     Attributes:
       subnetworks: `Stacked` or `Mixed`, a method never asks which; calling it gives K `NetworkOutputs`.
@@ -22,6 +28,12 @@ class Method(nn.Module):
       trains: objective -> regex over "/"-joined parameter paths. Its gradient moves only the paths that it
         matches in full; a path that no objective matches is frozen.
       headline: the prediction that is reported first and shipped by default (`deploy` in `summary.json`).
+      views: whether every sub-network sees an augmentation of its own in training.
+      num: the least and the most sub-networks that it can do with; None knows no limit.
+      shares_trunk: whether copies of one network share all but their last stage unless a configuration says
+        otherwise.
+      needs_trunk, refuses_trunk, refuses_mixed: the reason why it runs only on a shared trunk, never on one,
+        or never with different networks; empty where it does not.
     """
 
     subnetworks: nn.Module
@@ -29,12 +41,57 @@ class Method(nn.Module):
 
     trains: ClassVar[dict[str, str]] = {"loss": ".*"}
     headline: ClassVar[str] = "sub_0"
+    views: ClassVar[bool] = False
+    num: ClassVar[tuple[int, int | None]] = (2, None)
+    shares_trunk: ClassVar[bool] = False
+    needs_trunk: ClassVar[str] = ""
+    refuses_trunk: ClassVar[str] = ""
+    refuses_mixed: ClassVar[str] = ""
+
+    @classmethod
+    def recipe(cls, data: str) -> dict[str, Any]:
+        """What its published recipe sets otherwise than `configs/common.py`: {configuration key: value}.
+
+        Args:
+          data: the configuration file's name: "cifar10", "cifar100", "imagenet", ….
+
+        A comparison on equal terms leaves `epochs`, `batch_size`, `optimizer` and `data` of it out. What the
+        method cannot do without (its number of sub-networks, `optimizer_rules`) always holds.
+        """
+        return {}
+
+    def check(self):
+        """Raises ConfigError where the sub-networks or a hyper-parameter do not suit the method."""
+        least, most = self.num
+        num, shared = self.subnetworks.num, getattr(self.subnetworks, "shared_stages", 0)
+        if isinstance(self.subnetworks, Mixed) and num > 1 and self.refuses_mixed:
+            raise ConfigError(
+                f"{type(self).__name__} does not mix different networks: {self.refuses_mixed}; name one "
+                "after the colon, network=resnet32."
+            )
+        if num < least or (most is not None and num > most):
+            bound = (
+                f"at least {least}" if most is None else f"{least}" if least == most else f"{least}..{most}"
+            )
+            raise ConfigError(
+                f"{type(self).__name__} takes {bound} sub-network(s), got {num}: set config.subnetworks.num."
+            )
+        if not shared and self.needs_trunk:
+            raise ConfigError(
+                f"{type(self).__name__} needs a shared trunk: {self.needs_trunk}; set "
+                "config.subnetworks.shared_stages to 1 or more, got 0."
+            )
+        if shared and self.refuses_trunk:
+            raise ConfigError(
+                f"{type(self).__name__} shares no trunk: {self.refuses_trunk}; set "
+                f"config.subnetworks.shared_stages=0, got {shared}."
+            )
 
     def __call__(self, images: jax.Array, train: bool) -> dict[str, jax.Array]:
         """Runs every network and module once.
 
         Args:
-          images: [B, H, W, 3], normalised.
+          images: [B, H, W, 3], normalised; in training [K, B, H, W, 3] where the method asks for `views`.
           train: use and update batch statistics. Variables are created with False: run every module in both.
 
         Returns:
@@ -60,5 +117,44 @@ class Method(nn.Module):
         return dict(zip(self.subnetwork_names(), logits, strict=True)) | {"ensemble": logits.mean(axis=0)}
 
     def subnetwork_names(self) -> tuple[str, ...]:
-        """Names of the K sub-networks in order; each can be taken out as a plain network."""
+        """Names of the K sub-networks in order."""
         return tuple(f"sub_{k}" for k in range(self.subnetworks.num))
+
+    def network_names(self) -> tuple[str, ...]:
+        """The predictions that are one plain network, which `extract` takes out."""
+        return self.subnetwork_names()
+
+    def extract(self, variables: dict, name: str) -> tuple[Network, dict]:
+        """(network, its variables) of one of `network_names`, out of the variables of this method."""
+        k = self.subnetwork_names().index(name)
+        joint = {kind: tree["subnetworks"] for kind, tree in variables.items() if "subnetworks" in tree}
+        return self.subnetworks.member(k), self.subnetworks.extract(joint, k)
+
+    def after_step(self, params: dict, model_state: dict, step: jax.Array) -> dict:
+        """Pure. The model state to keep after a step: for averages of the parameters.
+
+        Args:
+          params: after the step.
+          model_state: as `__call__` left it.
+          step: int scalar, finished steps before this one.
+        """
+        return model_state
+
+    @property
+    def uses_validation(self) -> bool:
+        """Whether the next two functions are called before every epoch, on the validation split."""
+        return False
+
+    def validation_sums(self, outputs: dict, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+        """Pure. Sums over one batch in evaluation mode, to be added up over the validation split.
+
+        Args:
+          outputs: what `__call__` returned.
+          labels: int [B].
+          weights: 1 for an example that counts and 0 for padding, [B].
+        """
+        raise NotImplementedError
+
+    def validation_state(self, sums: dict[str, jax.Array]) -> dict:
+        """Pure. From the whole split's sums, the collections of the model state that it determines."""
+        raise NotImplementedError

@@ -34,9 +34,18 @@ class FFL(Method):
     smoothing: float = 1e-7
     fusion_features: int = 0
 
-    def setup(self):
+    shares_trunk = True
+
+    @classmethod
+    def recipe(cls, data):
+        return {"optimizer_rules": (("loss/fusion/.*", {"weight_decay": 1e-5}),)}
+
+    def check(self):
+        super().check()
         if self.kd_mode not in KD_MODES:
             raise ConfigError(f"method.kd_mode must be one of {', '.join(KD_MODES)}, got {self.kd_mode!r}.")
+
+    def setup(self):
         self.fusion = FusionModule(self.num_classes, self.fusion_features)
 
     def __call__(self, images, train):
