@@ -1,6 +1,15 @@
 """Network families, one file each. Importing a family registers its networks' names."""
 
-from ffl_jax.models import resnet, resnet_cifar  # noqa: F401
+from ffl_jax.models import (  # noqa: F401
+    densenet,
+    googlenet,
+    mobilenet,
+    resnet,
+    resnet_cifar,
+    shufflenet,
+    vgg,
+    wide_resnet,
+)
 from ffl_jax.models.base import NETWORKS, Network, NetworkOutputs
 
 __all__ = ["NETWORKS", "Network", "NetworkOutputs"]

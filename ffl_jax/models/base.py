@@ -18,7 +18,9 @@ class NetworkOutputs:
     Attributes:
       logits: [B, C].
       features: [B, D], the last feature map averaged over space.
-      feature_maps: one [B, H, W, D] for each stage that the network ran, after its last ReLU.
+      feature_maps: one [B, H, W, D] for each stage that the network ran, its output: after the stage's last
+        ReLU, but for the earlier stages of pre-activation networks, which end in a sum or a concatenation.
+        What narrows or pools the map between two stages belongs to the later one.
       trunk_map: [B, H, W, D], the output of the trunk that the sub-networks share; None without one.
     """
 
@@ -93,14 +95,54 @@ class BasicBlock(nn.Module):
         y = nn.relu(batch_norm(train, name="norm1")(y))
         y = conv(self.features, 3, name="conv2")(y)
         y = batch_norm(train, name="norm2")(y)
-        if y.shape != x.shape:
-            x = conv(self.features, 1, self.stride, name="shortcut_conv")(x)
-            x = batch_norm(train, name="shortcut_norm")(x)
-        return nn.relu(x + y)
+        return nn.relu(_shortcut(x, y, self.stride, train) + y)
 
 
-def conv(features: int, kernel: int, stride: int = 1, groups: int = 1, name: str | None = None) -> nn.Conv:
-    """Square convolution without bias, padded by (kernel - 1) / 2 on every side.
+class Bottleneck(nn.Module):
+    """conv1x1 - norm - ReLU - conv3x3 - norm - ReLU - conv1x1 - norm, added to a shortcut, then ReLU.
+
+    He et al., 2016, fig. 5; the stride is in the 3x3 convolution, as in PyTorch's torchvision and in the
+    code of ONE and OKDDip, where the paper has it in the first. The shortcut is that of `BasicBlock`.
+
+    Attributes:
+      features: channels of the output.
+      width: channels of the 3x3 convolution; a quarter of `features` in the paper.
+      stride: of the 3x3 convolution and of the shortcut.
+    """
+
+    features: int
+    width: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, H, W, D] -> [B, H / stride, W / stride, features]."""
+        y = conv(self.width, 1, name="conv1")(x)
+        y = nn.relu(batch_norm(train, name="norm1")(y))
+        y = conv(self.width, 3, self.stride, name="conv2")(y)
+        y = nn.relu(batch_norm(train, name="norm2")(y))
+        y = conv(self.features, 1, name="conv3")(y)
+        y = batch_norm(train, name="norm3")(y)
+        return nn.relu(_shortcut(x, y, self.stride, train) + y)
+
+
+def _shortcut(x, y, stride, train):
+    """What a block's input `x` is added to `y` as: itself, or brought to the shape of `y`."""
+    if y.shape == x.shape:
+        return x
+    x = conv(y.shape[-1], 1, stride, name="shortcut_conv")(x)
+    return batch_norm(train, name="shortcut_norm")(x)
+
+
+def conv(
+    features: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    name: str | None = None,
+    bias_init: initializers.Initializer | None = None,
+) -> nn.Conv:
+    """Square convolution, padded by (kernel - 1) / 2 on every side; with a bias where `bias_init` is given.
 
     The padding is explicit: "SAME" pads (0, 1) at stride 2 on even inputs and is not what the papers' code
     computes. Weights start from Normal(0, sqrt(2 / (kernel**2 * features))).
@@ -111,20 +153,27 @@ def conv(features: int, kernel: int, stride: int = 1, groups: int = 1, name: str
         stride,
         padding=(kernel - 1) // 2,
         feature_group_count=groups,
-        use_bias=False,
+        use_bias=bias_init is not None,
         kernel_init=initializers.variance_scaling(2.0, "fan_out", "normal"),
+        bias_init=bias_init or initializers.zeros,
         name=name,
     )
 
 
-def batch_norm(train: bool, name: str | None = None) -> nn.BatchNorm:
+def biased_conv(x: jax.Array, features: int, kernel: int, stride: int = 1, name: str | None = None):
+    """`conv` of x [B, H, W, D] with a bias, which starts as PyTorch's does, by the D * kernel**2 inputs."""
+    return conv(features, kernel, stride, name=name, bias_init=uniform(kernel**2 * x.shape[-1]))(x)
+
+
+def batch_norm(train: bool, name: str | None = None, momentum: float = 0.9) -> nn.BatchNorm:
     """Batch normalisation with PyTorch's defaults, its statistics taken over the batches of all devices.
 
-    The running variance is the biased one, as always in Flax; PyTorch's is larger by M / (M - 1).
+    The running variance is the biased one, as always in Flax; PyTorch's is larger by M / (M - 1). `momentum`
+    is the weight of the old statistics; PyTorch's is that of the new ones.
     """
     return nn.BatchNorm(
         use_running_average=not train,
-        momentum=0.9,
+        momentum=momentum,
         epsilon=1e-5,
         axis_name=parallel.axis_name(),
         # E[x^2] - E[x]^2 in one pass loses digits where the mean is large against the spread.
@@ -134,9 +183,14 @@ def batch_norm(train: bool, name: str | None = None) -> nn.BatchNorm:
 
 
 def dense(features: int, fan_in: int, name: str | None = None) -> nn.Dense:
-    """Linear layer; weights and bias start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default."""
+    """Linear layer of `fan_in` inputs; weights and bias start from `uniform(fan_in)`, as in PyTorch."""
+    return nn.Dense(features, kernel_init=uniform(fan_in), bias_init=uniform(fan_in), name=name)
 
-    def uniform(key, shape, dtype):
+
+def uniform(fan_in: int) -> initializers.Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear layers and for every bias."""
+
+    def init(key, shape, dtype):
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
-    return nn.Dense(features, kernel_init=uniform, bias_init=uniform, name=name)
+    return init

@@ -1,20 +1,22 @@
-"""ImageNet ResNets with basic blocks: He et al., 2016, sec. 4.1, padded as in PyTorch's torchvision."""
+"""ImageNet ResNets: He et al., 2016, sec. 4.1, padded and strided as in PyTorch's torchvision."""
 
 import functools
 
 import flax.linen as nn
 
-from ffl_jax.models.base import NETWORKS, BasicBlock, Network, batch_norm, conv
+from ffl_jax.models.base import NETWORKS, BasicBlock, Bottleneck, Network, batch_norm, conv
 
 
 class ResNet(Network):
     """Stem (conv7x7 of stride 2, max pool) and four stages, 64 to 512 channels wide, strides 1, 2, 2, 2.
 
     Attributes:
-      blocks: basic blocks in each stage.
+      blocks: in each stage.
+      bottleneck: blocks are bottleneck blocks of that width, which put out 256 to 2048 channels.
     """
 
     blocks: tuple[int, ...] = (2, 2, 2, 2)
+    bottleneck: bool = False
 
     num_stages = 4
 
@@ -23,11 +25,17 @@ class ResNet(Network):
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
     def stage(self, index, x, train):
+        planes = 64 * 2**index
         for block in range(self.blocks[index]):
             stride = 2 if index > 0 and block == 0 else 1
-            x = BasicBlock(64 * 2**index, stride, name=f"stage{index + 1}_block{block + 1}")(x, train)
+            name = f"stage{index + 1}_block{block + 1}"
+            if self.bottleneck:
+                x = Bottleneck(4 * planes, planes, stride, name=name)(x, train)
+            else:
+                x = BasicBlock(planes, stride, name=name)(x, train)
         return x
 
 
 for _depth, _blocks in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3))):
     NETWORKS.register(f"resnet{_depth}")(functools.partial(ResNet, blocks=_blocks))
+NETWORKS.register("resnet50")(functools.partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True))

@@ -1,26 +1,48 @@
-"""CIFAR ResNets of depth 6n + 2: He et al., 2016, sec. 4.2, with the details of FFL's released code."""
+"""CIFAR ResNets: He et al., 2016, sec. 4.2, with the details of the released code of FFL, ONE and OKDDip.
+
+"ResNet-110" names two networks in the literature: 18 basic blocks a stage (`resnet110`; FFL), and 12
+bottleneck blocks a stage (`resnet110_bottleneck`; ONE, OKDDip, PCL), which has two thirds of the parameters.
+"""
 
 import functools
 
 import flax.linen as nn
 
-from ffl_jax.models.base import NETWORKS, BasicBlock, Network, batch_norm, conv
+from ffl_jax.models.base import NETWORKS, BasicBlock, Bottleneck, Network, batch_norm, conv
 
 
 class ResNetCifar(Network):
-    """Stem and three stages of `blocks` basic blocks, 16, 32 and 64 channels wide, strides 1, 2, 2."""
+    """Stem and three stages of `blocks` blocks, 16, 32 and 64 channels wide, strides 1, 2, 2.
+
+    Attributes:
+      blocks: in each stage.
+      bottleneck_width: 0 for basic blocks; else the stages are of bottleneck blocks, put out 64, 128 and 256
+        channels, and their 3x3 convolutions are `bottleneck_width` times 16, 32 and 64 channels wide.
+    """
 
     blocks: int = 3
+    bottleneck_width: int = 0
 
     def stem(self, x, train):
         return nn.relu(batch_norm(train, name="stem_norm")(conv(16, 3, name="stem_conv")(x)))
 
     def stage(self, index, x, train):
+        planes = 16 * 2**index
         for block in range(self.blocks):
             stride = 2 if index > 0 and block == 0 else 1
-            x = BasicBlock(16 * 2**index, stride, name=f"stage{index + 1}_block{block + 1}")(x, train)
+            name = f"stage{index + 1}_block{block + 1}"
+            if self.bottleneck_width:
+                x = Bottleneck(4 * planes, self.bottleneck_width * planes, stride, name=name)(x, train)
+            else:
+                x = BasicBlock(planes, stride, name=name)(x, train)
         return x
 
 
+# Depth 6n + 2.
 for _depth in (8, 14, 20, 32, 44, 56, 110):
     NETWORKS.register(f"resnet{_depth}")(functools.partial(ResNetCifar, blocks=(_depth - 2) // 6))
+# Depth 9n + 2.
+NETWORKS.register("resnet110_bottleneck")(functools.partial(ResNetCifar, blocks=12, bottleneck_width=1))
+# The wide network of OKDDip and PCL (torchvision's width_per_group=512), no pre-activation network as in
+# `wide_resnet`.
+NETWORKS.register("wrn20_8")(functools.partial(ResNetCifar, blocks=2, bottleneck_width=8))

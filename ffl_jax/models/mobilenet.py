@@ -1,0 +1,107 @@
+"""MobileNetV2: Sandler et al., 2018, arXiv 1801.04381, table 2."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from ffl_jax.models.base import NETWORKS, Network, batch_norm, conv
+
+# Widths of the inverted residuals in each stage. All but the first stage expand by 6.
+_WIDTHS = ((16,), (24,) * 2, (32,) * 3, (64,) * 4 + (96,) * 3, (160,) * 3 + (320,))
+
+
+class MobileNetV2(Network):
+    """Stem (conv3x3) and five stages of inverted residuals, then a conv1x1 to 1280 channels in the last.
+
+    The layers are those of PyTorch's torchvision, but for the dropout before the head, which is left out. The
+    stem and every stage but the first halve the map, except that `early_stride` spares small ones: images of
+    127 pixels or more end at 1/32 of their size, as published, and images of 32 pixels at 4x4.
+
+    Maps of the first four stages come from linear bottlenecks, so they hold negative values too.
+
+    Attributes:
+      width: multiplies all widths but that of the last map.
+      early_strides: of the stem and of the second stage; None takes `early_stride`.
+      expand_first: give the first stage's block, which does not expand, its first conv1x1 all the same.
+      activation: what stands for ReLU.
+    """
+
+    width: float = 1.0
+    early_strides: tuple[int, int] | None = None
+    expand_first: bool = False
+    activation: Callable[[jax.Array], jax.Array] = nn.relu6
+
+    num_stages = 5
+
+    def stem(self, x, train):
+        stride = self.early_strides[0] if self.early_strides else early_stride(x)
+        x = conv(int(32 * self.width), 3, stride, name="stem_conv")(x)
+        return self.activation(batch_norm(train, name="stem_norm")(x))
+
+    def stage(self, index, x, train):
+        if index == 1:
+            stride = self.early_strides[1] if self.early_strides else early_stride(x)
+        else:
+            stride = 1 if index == 0 else 2
+        expansion = 6 if index > 0 else int(self.expand_first)
+        for block, width in enumerate(_WIDTHS[index]):
+            x = InvertedResidual(
+                int(width * self.width),
+                stride if block == 0 else 1,
+                expansion,
+                self.activation,
+                name=f"stage{index + 1}_block{block + 1}",
+            )(x, train)
+        if index == self.num_stages - 1:
+            x = conv(1280, 1, name=f"stage{index + 1}_conv")(x)
+            x = self.activation(batch_norm(train, name=f"stage{index + 1}_norm")(x))
+        return x
+
+
+class InvertedResidual(nn.Module):
+    """conv1x1 that expands - depthwise conv3x3 - linear conv1x1, added to the input where shapes agree.
+
+    Sandler et al., 2018, table 1 and fig. 4d. A norm follows each convolution, an activation the first two.
+
+    Attributes:
+      features: channels of the output.
+      stride: of the depthwise convolution.
+      expansion: channels of the first convolution over those of the input; 0 leaves it out.
+      activation: ReLU6 in the paper.
+    """
+
+    features: int
+    stride: int = 1
+    expansion: int = 6
+    activation: Callable[[jax.Array], jax.Array] = nn.relu6
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, H, W, D] -> [B, H / stride, W / stride, features]."""
+        y = x
+        if self.expansion:
+            y = conv(self.expansion * x.shape[-1], 1, name="expand_conv")(y)
+            y = self.activation(batch_norm(train, name="expand_norm")(y))
+        y = conv(y.shape[-1], 3, self.stride, groups=y.shape[-1], name="depthwise_conv")(y)
+        y = self.activation(batch_norm(train, name="depthwise_norm")(y))
+        y = conv(self.features, 1, name="project_conv")(y)
+        y = batch_norm(train, name="project_norm")(y)
+        return x + y if self.stride == 1 and self.features == x.shape[-1] else y
+
+
+def early_stride(x: jax.Array) -> int:
+    """Stride of an early layer: 1 on a map [B, H, W, D] of less than 64 pixels a side, else 2.
+
+    It asks the map, not the image, so that a branch, which never sees the image, decides like the whole.
+    """
+    return 2 if min(x.shape[1:3]) >= 64 else 1
+
+
+NETWORKS.register("mobilenetv2")(MobileNetV2)
+# The CIFAR form of the CRD benchmark (Tian et al., 2020, arXiv 1910.10699; layers from its released code):
+# 32 pixels end at 2x2, and ReLU is not cut off at 6.
+NETWORKS.register("mobilenetv2_x0_5")(
+    functools.partial(MobileNetV2, width=0.5, early_strides=(2, 1), expand_first=True, activation=nn.relu)
+)
