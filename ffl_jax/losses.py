@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -39,7 +40,15 @@ def sigmoid_rampup(epoch: jax.Array, rampup_epochs: float) -> jax.Array:
     return jnp.exp(-5.0 * (1.0 - progress) ** 2)
 
 
+def other_networks(num: int) -> np.ndarray:
+    """The indices of all networks but k, for each k: int [K, K - 1]."""
+    return np.array([[other for other in range(num) if other != k] for k in range(num)])
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Narrower types become float32; float64 stays, so that tests can look past rounding."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _log_softmax(logits, temperature=1.0):
-    # At least float32: float64 stays, so that tests can look past rounding.
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return jax.nn.log_softmax(logits / temperature)
+    return jax.nn.log_softmax(at_least_float32(logits) / temperature)

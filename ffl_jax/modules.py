@@ -26,20 +26,24 @@ class FusionModule(nn.Module):
     features: int = 0
 
     @nn.compact
-    def __call__(self, feature_maps: Sequence[jax.Array], train: bool) -> jax.Array:
-        """K maps [B, H_k, W_k, D_k] -> fused logits [B, C]."""
+    def __call__(self, feature_maps: Sequence[jax.Array], train: bool) -> tuple[jax.Array, jax.Array]:
+        """K maps [B, H_k, W_k, D_k] -> fused logits [B, C] and the fused map [B, H, W, features]."""
         height, width = (min(x.shape[axis] for x in feature_maps) for axis in (1, 2))
         resized = [
             ResolutionAdaptor(height, width, name=f"adaptor_{k}")(x, train)
             for k, x in enumerate(feature_maps)
         ]
-        x = jnp.concatenate(resized, axis=-1)
-        x = conv(x.shape[-1], 3, groups=x.shape[-1], name="depthwise_conv")(x)
-        x = nn.relu(batch_norm(train, name="depthwise_norm")(x))
         features = self.features or max(feature_map.shape[-1] for feature_map in feature_maps)
-        x = conv(features, 1, name="pointwise_conv")(x)
-        x = nn.relu(batch_norm(train, name="pointwise_norm")(x))
-        return dense(self.num_classes, features, name="head")(x.mean(axis=(1, 2)))
+        fused_map = separable_conv(jnp.concatenate(resized, axis=-1), features, train)
+        return dense(self.num_classes, features, name="head")(fused_map.mean(axis=(1, 2))), fused_map
+
+
+def separable_conv(x: jax.Array, features: int, train: bool) -> jax.Array:
+    """Depthwise 3x3, norm, ReLU, pointwise 1x1, norm, ReLU, within a compact module: channels -> features."""
+    x = conv(x.shape[-1], 3, groups=x.shape[-1], name="depthwise_conv")(x)
+    x = nn.relu(batch_norm(train, name="depthwise_norm")(x))
+    x = conv(features, 1, name="pointwise_conv")(x)
+    return nn.relu(batch_norm(train, name="pointwise_norm")(x))
 
 
 class ResolutionAdaptor(nn.Module):

@@ -1,7 +1,15 @@
-"""Teachers that are trained before their student: found, or trained first, and put into its first state."""
+"""Teachers that are trained before their student: found, or trained first, and put into its first state.
 
+On the command line, `--config.teachers.runs=DIR` names the finished run of a teacher; it is given once for
+each of them. What a student once has in a checkpoint it needs no teacher's run for.
+"""
+
+import dataclasses
+import importlib
 import logging
+import operator
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +18,9 @@ from ml_collections import ConfigDict
 from ffl_jax import checkpoint, methods
 from ffl_jax import config as config_lib
 from ffl_jax.cli import ROOT
-from ffl_jax.errors import CheckpointError
-from ffl_jax.experiment import Experiment
+from ffl_jax.data import Dataset, Split, resident
+from ffl_jax.errors import CheckpointError, ConfigError
+from ffl_jax.experiment import RUN_FORMAT, Experiment, resolve
 from ffl_jax.steps import TrainState
 
 
@@ -19,39 +28,60 @@ def prepare(config: ConfigDict, workdir: Path, train: Callable) -> list[str]:
     """The runs that the teachers of a new run come from, "DIR" or "DIR:PREDICTION" each; empty without any.
 
     Where the configuration names none, they are trained first, in `workdir/teachers`, each from a seed of its
-    own.
+    own; those that are finished there are taken as they are, and one that was stopped continues.
 
     Args:
       config: of the student.
       workdir: of the student.
       train: `train.train`.
+
+    Raises:
+      ConfigError: the runs are not one for each teacher.
     """
     if not methods.takes_teachers(config.method.name):
         return []
-    if config.teachers.runs:
-        return list(config.teachers.runs)
-    runs = []
-    for index in range(config.teachers.num):
+    runs, num = list(config.teachers.runs), config.teachers.num
+    for run in runs:
+        if not isinstance(run, str):
+            raise ConfigError(f"config.teachers.runs: {run} is read as a number, write it as ./{run}.")
+    if runs and len(runs) != num:
+        raise ConfigError(
+            f"config.teachers.runs names {len(runs)} run(s), but config.teachers.num is {num}: set it to "
+            f"{len(runs)}, or give --config.teachers.runs=DIR once for each teacher."
+        )
+    if runs:
+        return runs
+    names = config_lib.teacher_names(config)
+    for index in range(num):
         runs.append(str(workdir / "teachers" / str(index)))
-        logging.info("Teacher %d of %d, in %s", index + 1, config.teachers.num, runs[-1])
-        train(teacher_config(config, index), runs[-1])
+        teacher = teacher_config(config, index)
+        what = f"{teacher.method.name}, {names[index]}, {teacher.epochs} epochs, in {runs[-1]}"
+        logging.info("Teacher %d of %d first: %s", index + 1, num, what)
+        train(teacher, runs[-1])
+    logging.info("Now their student, in %s", workdir)
     return runs
 
 
 def teacher_config(config: ConfigDict, index: int) -> ConfigDict:
     """What teacher `index` of a student is trained with.
 
-    It is the student's own configuration, but for the network, the seed and the epochs. The teacher learns
-    from the labels alone, or, with `generations` > 1, is itself the student of teachers with one generation
-    less.
+    It is the student's own configuration, but for the network, the seed and, if `teachers.epochs` is not 0,
+    the epochs. The teacher learns from the labels alone, or, with `generations` > 1, is itself the student of
+    teachers with one generation less.
     """
     teacher = ConfigDict(config.to_dict())
-    teacher.seed = config.seed + 1000 * (index + 1)
+    # Student and teachers of all generations are numbered as in a heap, so that no two seeds are equal.
+    number = config.seed // 1000 * config.teachers.num + index + 1
+    teacher.seed = config.seed % 1000 + 1000 * number
     teacher.subnetworks.network = config_lib.teacher_names(config)[index]
-    teacher.epochs = config.teachers.epochs
-    teacher.optimizer = config_lib.stretch(config.optimizer.to_dict(), teacher.epochs, config.epochs)
+    teacher.subnetworks.num = 1
+    teacher.subnetworks.shared_stages = 0
+    if config.teachers.epochs not in (0, config.epochs):
+        teacher.epochs = config.teachers.epochs
+        teacher.optimizer = config_lib.stretch(config.optimizer.to_dict(), teacher.epochs, config.epochs)
     if config.teachers.generations > 1:
         teacher.teachers.generations = config.teachers.generations - 1
+        teacher.teachers.runs = ()
     else:
         teacher.method = {"name": "independent"} | methods.hyper_parameters("independent")
         teacher.optimizer_rules = ()
@@ -62,83 +92,130 @@ def teacher_config(config: ConfigDict, index: int) -> ConfigDict:
 def install(state: TrainState, runs: list[str], experiment: Experiment) -> TrainState:
     """The first state of a student, with the trained weights of its teachers in place of random ones.
 
+    Args:
+      state: with random ones.
+      runs: what `prepare` returned.
+      experiment: of the student.
+
     Raises:
-      CheckpointError: a run is missing, or is not one of such a network on such data.
+      CheckpointError: a run is missing or unfinished, and the message has the command that trains it; or it
+        is not one of such a network on such data.
     """
     if not runs:
         return state
-    if len(runs) != experiment.config.teachers.num:
+    places = [_place(run) for run in runs]
+    problems = [_problem(*place, index, experiment) for index, place in enumerate(places)]
+    if any(problems):
         raise CheckpointError(
-            f"config.teachers.runs names {len(runs)} runs, but config.teachers.num is "
-            f"{experiment.config.teachers.num}: name one for each teacher."
+            f"config.teachers.runs: {'; '.join(filter(None, problems))}. Without config.teachers.runs, all "
+            "teachers are trained first."
         )
-    loaded = [_load(run, index, experiment) for index, run in enumerate(runs)]
-    joined = {kind: {f"networks_{k}": one[kind] for k, one in enumerate(loaded)} for kind in loaded[0]}
-    params = {**state.params, "teachers": joined.pop("params")}
-    trees = {kind: {**state.model_state[kind], "teachers": tree} for kind, tree in joined.items()}
-    return state.replace(params=params, model_state={**state.model_state, **trees})
+    teachers = [_load(*place, index, experiment) for index, place in enumerate(places)]
+
+    def join(kind, tree):
+        if "teachers" not in tree:
+            return tree
+        loaded = {f"networks_{k}": teacher[kind] for k, teacher in enumerate(teachers) if kind in teacher}
+        return {**tree, "teachers": loaded}
+
+    model_state = {kind: join(kind, tree) for kind, tree in state.model_state.items()}
+    return state.replace(params=join("params", state.params), model_state=model_state)
 
 
-def _load(run: str, index: int, experiment: Experiment) -> dict:
-    """The variables of one network of a run."""
+def _place(run: str) -> tuple[Path, str]:
+    """(folder, prediction) of a run; the prediction is empty where the headline is meant."""
+    folder, colon, prediction = run.rpartition(":")
+    if not colon or Path(run).expanduser().is_dir():  # a folder's own name may have a colon
+        folder, prediction = run, ""
+    return Path(folder).expanduser(), prediction
+
+
+def _problem(folder, prediction, index, experiment) -> str | None:
+    """Why a run cannot give a teacher yet, and the command that changes it."""
+    directory = folder / "checkpoints"
+    if not checkpoint.exists(directory):
+        config = teacher_config(experiment.config, index)
+        alone = f", and leave out :{prediction}" if prediction else ""
+        return f"{folder} holds no run, train it with `{_command(config, experiment.dataset, folder)}`{alone}"
+    step = checkpoint.find(directory)
+    stored = checkpoint.load_run(directory, step)
+    config = config_lib.from_json(stored["config"])
+    total = config.epochs * resident.steps_per_epoch(stored["dataset"]["train_examples"], config.batch_size)
+    if not 0 < step < total:  # imported weights are at step 0, where no training saves
+        return None
+    command = _command(config, experiment.dataset, folder)
+    return f"{folder} is at step {step} of {total}, continue it with `{command}`"
+
+
+def _load(folder, prediction, index, experiment) -> dict:
+    """The variables of one network of a finished run."""
     config, dataset = experiment.config, experiment.dataset
-    folder, _, prediction = run.partition(":")
-    directory = Path(folder) / "checkpoints"
-    try:
-        step = checkpoint.find(directory)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"config.teachers.runs: {error}. Train this teacher with `{_command(config, index, folder)}`, or "
-            "leave config.teachers.runs empty to have all of them trained first."
-        ) from error
+    directory = folder / "checkpoints"
+    step = checkpoint.find(directory)
     stored = checkpoint.load_run(directory, step)
 
-    def require(what, found, wanted, remedy):
-        if found != wanted:
+    def require(what, found, wanted, remedy, same=operator.eq):
+        if not same(found, wanted):
             raise CheckpointError(f"teacher {folder} has {what} {found}, but this run has {wanted}: {remedy}")
 
-    require(
-        "classes", len(stored["dataset"]["class_names"]), len(dataset.class_names), "take another teacher."
-    )
-    teacher = Experiment(config_lib.from_json(stored["config"]), dataset)
+    require("format", stored["format"], RUN_FORMAT, "train it again with this version.")
+    names = stored["dataset"]["class_names"]
+    other = "take a teacher of the same classes, in the same order."
+    require("classes", len(names), len(dataset.class_names), other)
+    for label, pair in enumerate(zip(names, dataset.class_names, strict=True)):
+        require(f"class {label}", *pair, other)
+    size = list(experiment.image_shape)
+    require("images of", stored["dataset"]["image_shape"], size, "take a teacher of images of that size.")
+
+    settings = config_lib.from_json(stored["config"])
+    flags = shlex.join(f"--config.data.{key}={settings.data[key]}" for key in ("mean", "std"))
     for key in ("mean", "std"):
-        found, wanted = (tuple(round(x, 4) for x in one.data[key]) for one in (teacher.config, config))
-        require(
-            f"config.data.{key}", found, wanted, "images must be normalised alike, set it to the teacher's."
-        )
+        found, wanted = settings.data[key], config.data[key]
+        remedy = f"images must be normalised alike, add {flags}."
+        require(f"config.data.{key}", found, wanted, remedy, _close)
+    if stored["dataset"]["fingerprint"] != dataset.fingerprint:
+        logging.warning("Teacher %s was trained on other images than those of this run.", folder)
+
+    # Its variables do not depend on these, and what the student trains on need not suit them.
+    settings.batch_size, settings.data.pad = 1, 0
+    teacher = Experiment(
+        settings, dataclasses.replace(dataset, validation=dataset.validation or dataset.test)
+    )
     prediction = prediction or teacher.method.headline
-    if prediction not in teacher.method.network_names():
+    known = teacher.method.network_names()
+    if prediction not in known:
         raise CheckpointError(
-            f"teacher {folder}: {prediction!r} is not one plain network; write DIR:NAME with one of "
-            f"{', '.join(teacher.method.network_names())}."
+            f"teacher {folder}: {prediction!r} is not one plain network; write DIR:NAME with NAME one of "
+            f"{', '.join(known)}."
         )
-    names = dict(
-        zip(teacher.method.subnetwork_names(), config_lib.network_names(teacher.config), strict=True)
-    )
-    require(
-        "network",
-        names.get(prediction),
-        config_lib.teacher_names(config)[index],
-        "set config.teachers.network.",
-    )
     state = checkpoint.restore(directory, step, teacher.abstract_state())
-    _, variables = teacher.method.extract({"params": state.params, **state.model_state}, prediction)
+    network, variables = teacher.method.extract({"params": state.params, **state.model_state}, prediction)
+    if network != experiment.method.teachers.member(index):
+        wanted = config_lib.teacher_names(config)[index]
+        raise CheckpointError(
+            f"teacher {folder}:{prediction} is not a {wanted}, but of {settings.subnetworks.network}: set "
+            "config.teachers.network, or take another teacher."
+        )
+    logging.info("Teacher %d of %d: %s of %s", index + 1, config.teachers.num, prediction, folder)
     return variables
 
 
-def _command(config, index, workdir) -> str:
-    """The command that trains a missing teacher."""
-    teacher = teacher_config(config, index)
-    # Of configs/cifar10.py and configs/cifar100.py, the one that the dataset's name begins with the most of.
-    files = sorted((ROOT / "configs").glob("*.py"), key=lambda path: len(path.stem))
-    file = next((path for path in reversed(files) if config.data.name.startswith(path.stem)), files[0])
-    arguments = [
-        f"--config=configs/{file.name}:method=independent,network={teacher.subnetworks.network},"
-        f"epochs={teacher.epochs}",
-        "--config.subnetworks.num=1",
-        f"--config.seed={teacher.seed}",
-        f"--workdir={workdir}",
-    ]
-    if config.data.data_dir:
-        arguments.insert(1, f"--config.data.data_dir={config.data.data_dir}")
+def _close(x, y):
+    """Whether means or deviations differ by less than half a grey level, as by rounding or by few images."""
+    return all(abs(a - b) < 0.5 / 255 for a, b in zip(x, y, strict=True))
+
+
+def _command(config: ConfigDict, dataset: Dataset, workdir: Path) -> str:
+    """The command that trains a configuration, or continues it: a file of ours, and all that differs."""
+    files = [path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "common"]
+    file = max((stem for stem in files if config.data.name.startswith(stem)), key=len, default="cifar10")
+    preset = f"method={config.method.name},network={config.subnetworks.network},epochs={config.epochs}"
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    start = importlib.import_module(f"configs.{file}").get_config(preset)
+    if isinstance(dataset.train, Split):  # else there is nothing that mean and std could come from
+        start = resolve(start, dataset)
+    start, wanted = (config_lib.flatten(one.to_dict()) for one in (start, config))
+    changes = [f"--config.{key}={value}" for key, value in wanted.items() if start.get(key) != value]
+    arguments = [f"--config=configs/{file}.py:{preset}", *changes, f"--workdir={workdir}"]
     return shlex.join(["python", "-m", "ffl_jax.main", *arguments])

@@ -77,6 +77,7 @@ class Setup:
             lambda: steps.create_state(self.method, self.optimizers, key, SHAPE), compiler_options=options
         )()
         self.state = state
+        self.evaluate = jax.jit(self._evaluate, compiler_options=options)
         rng = np.random.default_rng(0)
         self.batch = {
             "image": jnp.asarray(rng.normal(size=(BATCH, *SHAPE)), jnp.float32),
@@ -95,6 +96,17 @@ class Setup:
             state, batch, method=self.method, optimizers=self.optimizers, steps_per_epoch=2
         )
 
+    def _evaluate(self, variables, batch):
+        """All that the tests look at in evaluation mode, in one program."""
+        method, taken_out = self.method, {}
+        outputs = method.apply(variables, batch["image"], train=False)
+        for name in method.network_names():
+            network, alone = method.extract(variables, name)
+            taken_out[name] = network.apply(alone, batch["image"], train=False).logits
+        objectives = method.objectives(outputs, batch["label"], jnp.float32(1))
+        sums = steps.eval_step(variables, batch | {"weight": jnp.ones(BATCH)}, method=method)
+        return objectives, method.predictions(outputs), taken_out, sums
+
 
 @pytest.fixture(scope="module", params=RUN, ids=" ".join)
 def setup(request):
@@ -109,16 +121,29 @@ def trained(setup):
     return state
 
 
+@pytest.fixture(scope="module")
+def evaluated(setup, trained):
+    """(objectives and terms, predictions, logits of the networks taken out, sums of scores)."""
+    return setup.evaluate({"params": trained.params, **trained.model_state}, setup.batch)
+
+
 def test_many_steps_compile_once(setup, trained):
     assert setup.traces == 1
     assert int(trained.step) == 3
 
 
-def test_objectives_are_finite_and_named_as_in_trains(setup, trained):
-    outputs = setup.method.apply(
-        {"params": trained.params, **trained.model_state}, setup.batch["image"], train=False
-    )
-    scalars, terms = setup.method.objectives(outputs, setup.batch["label"], jnp.float32(1))
+def test_the_state_keeps_its_form(setup, trained):
+    """Else it could not be restored: the first state says what a checkpoint must hold."""
+
+    def forms(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+
+    assert forms(trained) == forms(setup.state)
+
+
+def test_objectives_are_finite_and_named_as_in_trains(setup, trained, evaluated):
+    scalars, terms = evaluated[0]
     assert scalars.keys() == setup.method.trains.keys()
     for name, value in (scalars | terms).items():
         assert value.shape == (), name
@@ -160,22 +185,15 @@ def test_statistics_of_frozen_networks_stay(setup, trained):
         np.testing.assert_array_equal(old, new)
 
 
-def test_network_taken_out_repeats_its_joint_prediction(setup, trained):
-    variables = {"params": trained.params, **trained.model_state}
-    outputs = setup.method.apply(variables, setup.batch["image"], train=False)
-    predictions = setup.method.predictions(outputs)
+def test_network_taken_out_repeats_its_joint_prediction(setup, evaluated):
+    _, predictions, taken_out, _ = evaluated
     assert setup.method.headline in predictions
-    for name in setup.method.network_names():
-        network, alone = setup.method.extract(variables, name)
-        logits = network.apply(alone, setup.batch["image"], train=False).logits
+    assert set(taken_out) == set(setup.method.network_names())
+    for name, logits in taken_out.items():
         np.testing.assert_allclose(logits, predictions[name], rtol=1e-5, atol=1e-5)
 
 
-def test_evaluation_leaves_the_state_alone(setup, trained):
-    variables = {"params": trained.params, **trained.model_state}
-    batch = setup.batch | {"weight": jnp.ones(BATCH)}
-    before = [np.array(leaf) for leaf in jax.tree.leaves(variables)]
-    sums = steps.eval_step(variables, batch, method=setup.method)
+def test_evaluation_counts_every_example(setup, evaluated):
+    _, predictions, _, sums = evaluated
+    assert sums.keys() == predictions.keys()
     assert all(float(one["count"]) == BATCH for one in sums.values())
-    for old, new in zip(before, jax.tree.leaves(variables), strict=True):
-        np.testing.assert_array_equal(old, new)

@@ -42,7 +42,7 @@ def apply(module, variables, *inputs):
 
 
 def test_fusion_of_two():
-    outputs, statistics, inference = apply(*example(2))
+    (outputs, _), statistics, (inference, _) = apply(*example(2))
     # NumPy, float64: convolutions as loops.
     expected = [[-1.444209, -0.644160, 0.155889], [-1.382106, -0.872190, -0.362274]]
     np.testing.assert_allclose(outputs, expected, atol=5e-6)
@@ -55,19 +55,23 @@ def test_fusion_of_two():
 
 
 def test_fusion_of_three():
-    outputs, _, _ = apply(*example(3))
-    expected = [[-1.626503, -0.858828, -0.091152], [-1.130737, -0.583424, -0.036111]]  # NumPy, float64
+    (outputs, fused_map), _, _ = apply(*example(3))
+    # NumPy, float64.
+    expected = [[-1.626503, -0.858828, -0.091152], [-1.130737, -0.583424, -0.036111]]
     np.testing.assert_allclose(outputs, expected, atol=5e-6)
+    expected = [[[0.524520, 0.551317], [0.843371, 0.377762]], [[1.178413, 1.085504], [0, 0]]]
+    np.testing.assert_allclose(fused_map[0], expected, atol=5e-6)
 
 
 def shapes(module, *inputs):
-    """(output shape, {parameter: shape}), without computing anything."""
+    """(shapes of the outputs, {parameter: shape}), without computing anything."""
     inputs = jax.tree.map(jnp.zeros, inputs, is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], int))
     outputs, variables = jax.eval_shape(
         functools.partial(module.init_with_output, train=False), jax.random.key(0), *inputs
     )
     leaves = jax.tree_util.tree_leaves_with_path(variables.get("params", {}))
-    return outputs.shape, {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+    parameters = {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+    return jax.tree.map(jnp.shape, outputs), parameters
 
 
 @pytest.mark.parametrize(
@@ -143,8 +147,9 @@ def test_adaptive_average_pool(size, target):
 
 def test_fusion_of_unequal_maps():
     inputs = [(2, 8, 8, 3), (2, 4, 4, 6), (2, 6, 4, 5)]
-    shape, parameters = shapes(FusionModule(7), inputs)
-    assert shape == (2, 7)
+    (logits, fused_map), parameters = shapes(FusionModule(7), inputs)
+    assert logits == (2, 7)
+    assert fused_map == (2, 4, 4, 6)
     assert parameters["depthwise_conv/kernel"] == (3, 3, 1, 14)  # 3 + 6 + 5 channels
     assert parameters["pointwise_conv/kernel"] == (1, 1, 14, 6)  # the widest
     assert parameters["head/kernel"] == (6, 7)
@@ -167,7 +172,9 @@ def test_fused_classifier_trains_every_map_through_its_adaptor():
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradient(params, maps):
-        logits, _ = module.apply(variables | {"params": params}, maps, train=True, mutable=["batch_stats"])
+        (logits, _), _ = module.apply(
+            variables | {"params": params}, maps, train=True, mutable=["batch_stats"]
+        )
         return (logits * jnp.arange(6.0).reshape(2, 3)).sum()
 
     by_params, by_maps = gradient(variables["params"], maps)

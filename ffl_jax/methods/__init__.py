@@ -4,8 +4,19 @@ import dataclasses
 
 from ffl_jax import subnetworks
 from ffl_jax.errors import ConfigError
+from ffl_jax.methods import afd as afd
+from ffl_jax.methods import cl_ilr as cl_ilr
+from ffl_jax.methods import dml as dml
+from ffl_jax.methods import feed as feed
 from ffl_jax.methods import ffl as ffl
+from ffl_jax.methods import ffsd as ffsd
 from ffl_jax.methods import independent as independent
+from ffl_jax.methods import kd as kd
+from ffl_jax.methods import kdcl as kdcl
+from ffl_jax.methods import mfef as mfef
+from ffl_jax.methods import okddip as okddip
+from ffl_jax.methods import one as one
+from ffl_jax.methods import pcl as pcl
 from ffl_jax.methods.base import METHODS, Method
 from ffl_jax.models import NETWORKS
 from ffl_jax.registry import nearest

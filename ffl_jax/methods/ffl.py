@@ -51,7 +51,7 @@ class FFL(Method):
     def __call__(self, images, train):
         peers = self.subnetworks(images, train)
         # Not stopped: the fused classifier's losses train the sub-networks' feature maps too.
-        fused_logits = self.fusion([peer.feature_map for peer in peers], train)
+        fused_logits, _ = self.fusion([peer.feature_map for peer in peers], train)
         return {"logits": jnp.stack([peer.logits for peer in peers]), "fused_logits": fused_logits}
 
     def objectives(self, outputs, labels, epoch):

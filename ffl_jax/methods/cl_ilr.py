@@ -1,0 +1,63 @@
+"""Collaborative learning with intermediate-level representation sharing: Song and Chai, NeurIPS 2018."""
+
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from ffl_jax.losses import cross_entropy, kl_divergence, other_networks, sigmoid_rampup
+from ffl_jax.methods.base import METHODS, Method
+
+
+@METHODS.register("cl_ilr")
+class CLILR(Method):
+    """Heads on one trunk learn from the mean of the other heads (arXiv 1805.11761).
+
+    loss = sum_k [b CE(z_k) + a KL(z_k; mean_{l != k} z_l)],   times w(epoch) in the second term
+
+    Where the trunk ends, the gradient that comes from the K heads is divided by K: the trunk learns as fast
+    as in one network, however many heads it carries. No gradient flows into a target.
+
+    Weights, temperature and recipe are those of MCL-OKD's released re-implementation, with K = 4; OKDDip's
+    has `cross_entropy_weight=1 distillation_weight=1 temperature=3 rampup_epochs=80`.
+
+    Attributes:
+      temperature: of both sides of every KL.
+      cross_entropy_weight: b.
+      distillation_weight: a.
+      rampup_epochs: the weight w rises over these many epochs; 0 holds it at 1.
+    """
+
+    temperature: float = 2.0
+    cross_entropy_weight: float = 0.5
+    distillation_weight: float = 0.5
+    rampup_epochs: float = 0.0
+
+    shares_trunk = True
+    needs_trunk = "its heads rescale the gradient of the layers that they share"
+    refuses_mixed = "its heads are branches of one network"
+
+    @classmethod
+    def recipe(cls, data):
+        recipe = {"subnetworks.num": 4}
+        if data == "imagenet":
+            return recipe
+        return recipe | {
+            "optimizer.weight_decay": 5e-4,
+            "optimizer.schedule": "cosine",
+            "data.pad_mode": "zero",
+        }
+
+    def __call__(self, images, train):
+        heads = self.subnetworks(images, train, trunk_gradient=1 / self.subnetworks.num)
+        return {"logits": jnp.stack([head.logits for head in heads])}
+
+    def objectives(self, outputs, labels, epoch):
+        logits = outputs["logits"]
+        ce = cross_entropy(logits, labels).mean(-1)
+        target = stop_gradient(logits)[other_networks(len(logits))].mean(axis=1)
+        kd = kl_divergence(logits, target, self.temperature).mean(-1)
+        weight = self.distillation_weight * sigmoid_rampup(jnp.floor(epoch), self.rampup_epochs)
+        names = self.subnetwork_names()
+        terms = {f"cross_entropy/{name}": x for name, x in zip(names, ce, strict=True)}
+        terms |= {f"distillation/{name}": x for name, x in zip(names, kd, strict=True)}
+        loss = self.cross_entropy_weight * ce.sum() + weight * kd.sum()
+        return {"loss": loss}, terms | {"distillation_weight": weight}

@@ -1,0 +1,83 @@
+"""Deep mutual learning: Zhang, Xiang, Hospedales and Lu, CVPR 2018, arXiv 1706.00384."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from ffl_jax.errors import ConfigError
+from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence, other_networks
+from ffl_jax.methods.base import METHODS, Method
+
+VARIANTS = ("pairwise", "mean_probabilities", "mean_logits")
+
+
+@METHODS.register("dml")
+class DML(Method):
+    """Every network learns from the labels and from what each of the others says.
+
+    loss = sum_k [CE(z_k) + 1 / (K - 1) sum_{l != k} KL(z_k; z_l)]
+
+    No gradient flows into a target, so that one gradient of the sum serves all networks. They move together,
+    as in nearly all public code; the authors update one after another and run it again before the next.
+
+    The recipe is the paper's, second-hand. "DML" in others' tables is often not this: OKDDip's script has one
+    target, the mean of the others' logits, at temperature 3 (`variant="mean_logits"`), and MCL-OKD's shares
+    the stem and the first stage (`config.subnetworks.shared_stages=1`), with K = 4 and temperature 2.
+
+    `ensemble` is the mean of the logits, as for every method; `probability_ensemble` that of the
+    probabilities, as is usual for this one.
+
+    Attributes:
+      variant: "pairwise", or one target for each network out of the others': "mean_probabilities" (the
+        paper's DML_e) or "mean_logits".
+      temperature: of both sides of every KL.
+      normalize: whether pairs are divided by K - 1, as in the paper; the authors' code sums them.
+    """
+
+    variant: str = "pairwise"
+    temperature: float = 1.0
+    normalize: bool = True
+
+    @classmethod
+    def recipe(cls, data):
+        if data == "imagenet":
+            return {}
+        return {"epochs": 200, "batch_size": 64, "optimizer.decay_epochs": (60, 120, 180)}
+
+    def check(self):
+        super().check()
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"method.variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}.")
+
+    def __call__(self, images, train):
+        return {"logits": jnp.stack([peer.logits for peer in self.subnetworks(images, train)])}
+
+    def objectives(self, outputs, labels, epoch):
+        logits = outputs["logits"]
+        ce = cross_entropy(logits, labels).mean(-1)
+        others = stop_gradient(logits)[other_networks(len(logits))]  # [K, K - 1, B, C]
+        if self.variant == "pairwise":
+            kd = kl_divergence(logits[:, None], others, self.temperature).mean(-1).sum(axis=1)
+            kd = kd / (len(logits) - 1) if self.normalize else kd
+        else:
+            target = others.mean(axis=1)
+            if self.variant == "mean_probabilities":
+                target = mean_probability_logits(others, self.temperature)
+            kd = kl_divergence(logits, target, self.temperature).mean(-1)
+        names = self.subnetwork_names()
+        terms = {f"cross_entropy/{name}": x for name, x in zip(names, ce, strict=True)}
+        terms |= {f"distillation/{name}": x for name, x in zip(names, kd, strict=True)}
+        return {"loss": ce.sum() + kd.sum()}, terms
+
+    def predictions(self, outputs):
+        mean = mean_probability_logits(outputs["logits"], temperature=1.0)
+        return super().predictions(outputs) | {"probability_ensemble": mean}
+
+
+def mean_probability_logits(logits: jax.Array, temperature: float) -> jax.Array:
+    """Logits whose softmax at T is the mean of those of L networks: [..., L, B, C] -> [..., B, C]."""
+    log_probabilities = jax.nn.log_softmax(at_least_float32(logits) / temperature)
+    total = jax.nn.logsumexp(log_probabilities, axis=-3)
+    return temperature * (total - math.log(logits.shape[-3]))

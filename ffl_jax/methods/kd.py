@@ -1,0 +1,108 @@
+"""Knowledge distillation from networks that were trained before: Hinton et al., 2015."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from ffl_jax.errors import ConfigError
+from ffl_jax.losses import cross_entropy, kl_divergence
+from ffl_jax.methods.base import METHODS, Method
+
+VARIANTS = ("additive", "blend")
+
+
+class OfflineMethod(Method):
+    """One student of frozen teachers; `teacher_*` are scored beside it, and so is their mean, if several.
+
+    Its `__call__` returns `teacher_logits`, N times [B, C]: not stacked, so that the cost of one teacher's
+    prediction is not that of all.
+
+    Attributes:
+      teachers: a `Mixed` of N trained networks, always run with `train=False`.
+    """
+
+    teachers: nn.Module | None = None
+
+    headline = "student"
+    num = (1, 1)
+
+    def predictions(self, outputs):
+        predictions = {"student": outputs["logits"][0]}
+        predictions |= dict(zip(self.teacher_names(), outputs["teacher_logits"], strict=True))
+        if self.teachers.num > 1:
+            predictions["teacher_ensemble"] = mean_logits(outputs["teacher_logits"])
+        return predictions
+
+    def subnetwork_names(self):
+        return ("student",)
+
+    def teacher_names(self) -> tuple[str, ...]:
+        """Names of the N teachers in order."""
+        return tuple(f"teacher_{i}" for i in range(self.teachers.num))
+
+
+def mean_logits(logits: Sequence[jax.Array]) -> jax.Array:
+    """N times [B, C] -> [B, C]."""
+    return jnp.stack(logits).mean(axis=0)
+
+
+@METHODS.register("kd")
+class KD(OfflineMethod):
+    """The student learns from the labels and from a trained teacher's softened outputs (arXiv 1503.02531).
+
+    additive: loss = CE(z) + a KL(z; z_t)
+    blend:    loss = (1 - a) CE(z) + a KL(z; z_t)
+
+    with T**2 in the KL. The additive form, a = 1 and T = 3, is the baseline row of the papers on online
+    distillation (OKDDip's released code); the blend is Hinton's and, with `weight=0.9` and `temperature=4`,
+    the usual one in comparisons of offline methods (RepDistiller). Several teachers teach by the mean of
+    their logits (our choice).
+
+    Attributes:
+      variant: "additive" or "blend".
+      weight: a; below 1 in the blend.
+      temperature: of both sides of the KL.
+    """
+
+    variant: str = "additive"
+    weight: float = 1.0
+    temperature: float = 3.0
+
+    trains: ClassVar[dict[str, str]] = {"loss": "(?!teachers/).*"}
+
+    @classmethod
+    def recipe(cls, data):
+        # The pairs of networks that published rows have, for the student that they have it with.
+        teachers = {"cifar10": "resnet110", "cifar100": "resnet110", "imagenet": "resnet34"}
+        return {"teachers.network": teachers[data]} if data in teachers else {}
+
+    def check(self):
+        super().check()
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"method.variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}.")
+        if self.variant == "blend" and self.weight >= 1:
+            raise ConfigError(
+                "method.variant=blend leaves the labels a share of 1 - weight: set config.method.weight "
+                f"below 1, commonly 0.9 with config.method.temperature=4, got {self.weight}."
+            )
+
+    def __call__(self, images, train):
+        (student,) = self.subnetworks(images, train)
+        teachers = self.teachers(images, train=False)
+        return {
+            "logits": student.logits[None],
+            "teacher_logits": tuple(teacher.logits for teacher in teachers),
+        }
+
+    def objectives(self, outputs, labels, epoch):
+        logits = outputs["logits"][0]
+        target = stop_gradient(mean_logits(outputs["teacher_logits"]))
+        ce = cross_entropy(logits, labels).mean()
+        kd = kl_divergence(logits, target, self.temperature).mean()
+        share = 1.0 if self.variant == "additive" else 1 - self.weight
+        terms = {"cross_entropy/student": ce, "distillation/student": kd}
+        return {"loss": share * ce + self.weight * kd}, terms

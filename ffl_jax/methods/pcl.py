@@ -1,0 +1,141 @@
+"""PCL: "Peer Collaborative Learning for Online Knowledge Distillation", Wu and Gong, AAAI 2021."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from ffl_jax.errors import ConfigError
+from ffl_jax.losses import cross_entropy, kl_divergence, other_networks, sigmoid_rampup
+from ffl_jax.methods.base import METHODS, Method
+from ffl_jax.models.base import dense
+
+
+@METHODS.register("pcl")
+class PCL(Method):
+    """An ensemble head and temporal means of the peers teach every peer (arXiv 2006.04147).
+
+    loss = CE(z_f) + sum_k [CE(z_k) + w(epoch) KL(z_k; z_f) + w(epoch) mean_{l != k} KL(z_k; m_l)]
+
+    z_f is a linear layer on the features of all peers, concatenated; m_l are the logits of peer l in a copy
+    of everything, ensemble head included, whose parameters are the means of those trained: after step
+    t = 0, 1, ... they become d old + (1 - d) new with d = min(1 - 1 / (t + 1), ema_decay). Peer and copy see
+    the same augmentation, each peer one of its own. No gradient flows into a teacher, and the ensemble head
+    learns from its own cross-entropy alone, which reaches all peers through their features.
+
+    `ema_0` ("PCL" in the paper's tables) is what one would ship; `ema_fused` ("PCL-E") is stronger and costs
+    all peers. Recipe and what the paper leaves open follow a public re-implementation
+    (shaoeric/Peer-Collaborative-Learning-for-Online-Knowledge-Distillation), but for its ramp-up, which
+    divides the epoch by the weight of the loss in place of the ramp's 80 epochs. It also runs the trunk on
+    one view after another, where ours takes their batch statistics over all views together.
+
+    The copy is the collection "ema" of the model state, which holds variables of the same names as ours.
+
+    Attributes:
+      temperature: of both sides of every KL.
+      rampup_epochs: the weight w rises over these many epochs; 0 holds it at 1.
+      ema_decay: the most that the means keep of their old value in one step.
+      average_statistics: whether batch statistics are averaged as the parameters are (our choice); else the
+        copy collects its own in training.
+    """
+
+    temperature: float = 3.0
+    rampup_epochs: float = 80.0
+    ema_decay: float = 0.999
+    average_statistics: bool = False
+
+    headline = "ema_0"
+    views = True
+    shares_trunk = True
+    needs_trunk = "its peers are branches of one network"
+    refuses_mixed = "its peers are branches of one network"
+
+    @classmethod
+    def recipe(cls, data):
+        recipe = {"subnetworks.num": 3}
+        if data == "imagenet":
+            return recipe
+        return recipe | {"optimizer.weight_decay": 5e-4, "data.pad_mode": "zero"}
+
+    def check(self):
+        super().check()
+        if not 0 <= self.ema_decay <= 1:
+            raise ConfigError(f"method.ema_decay must be in [0, 1], got {self.ema_decay}.")
+
+    def setup(self):
+        self.ensemble_head = EnsembleHead(self.num_classes)
+
+    def __call__(self, images, train):
+        logits, fused_logits = self.classify(images, train)
+        copy, variables = self.unbind()
+        if self.is_initializing():
+            for kind in ("params", "batch_stats"):
+                self.put_variable("ema", kind, variables[kind])
+        (ema_logits, ema_fused_logits), updates = copy.apply(
+            dict(self.variables["ema"]), images, train, method="classify", mutable=["batch_stats"]
+        )
+        if train and not self.average_statistics:
+            self.put_variable("ema", "batch_stats", updates["batch_stats"])
+        ema = {"ema_logits": ema_logits, "ema_fused_logits": ema_fused_logits}
+        return {"logits": logits, "fused_logits": fused_logits} | ema
+
+    def classify(self, images: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        """The logits of the peers [K, B, C] and of the ensemble head [B, C]; images as for `__call__`."""
+        peers = self.subnetworks(images, train)
+        fused_logits = self.ensemble_head([peer.features for peer in peers])
+        return jnp.stack([peer.logits for peer in peers]), fused_logits
+
+    def objectives(self, outputs, labels, epoch):
+        logits, fused_logits = outputs["logits"], outputs["fused_logits"]
+        teachers = stop_gradient(outputs["ema_logits"])[other_networks(len(logits))]  # [K, K - 1, B, C]
+
+        ce, fused_ce = cross_entropy(logits, labels).mean(-1), cross_entropy(fused_logits, labels).mean()
+        ensemble_kd = kl_divergence(logits, stop_gradient(fused_logits), self.temperature).mean(-1)
+        teacher_kd = kl_divergence(logits[:, None], teachers, self.temperature).mean((1, 2))
+        weight = sigmoid_rampup(jnp.floor(epoch), self.rampup_epochs)
+        loss = ce.sum() + fused_ce + weight * (ensemble_kd.sum() + teacher_kd.sum())
+
+        names = self.subnetwork_names()
+        terms = {f"cross_entropy/{name}": x for name, x in zip(names, ce, strict=True)}
+        terms["cross_entropy/fused"] = fused_ce
+        terms |= {f"ensemble_distillation/{name}": x for name, x in zip(names, ensemble_kd, strict=True)}
+        terms |= {f"mean_teacher_distillation/{name}": x for name, x in zip(names, teacher_kd, strict=True)}
+        return {"loss": loss}, terms | {"distillation_weight": weight}
+
+    def predictions(self, outputs):
+        predictions = super().predictions(outputs) | {"fused": outputs["fused_logits"]}
+        predictions |= zip(self._ema_names(), outputs["ema_logits"], strict=True)
+        return predictions | {"ema_fused": outputs["ema_fused_logits"]}
+
+    def network_names(self):
+        return self.subnetwork_names() + self._ema_names()
+
+    def extract(self, variables, name):
+        if name in self._ema_names():
+            return super().extract(variables["ema"], self.subnetwork_names()[self._ema_names().index(name)])
+        return super().extract(variables, name)
+
+    def after_step(self, params, model_state, step):
+        decay = jnp.minimum(1 - 1 / (step + 1), self.ema_decay)
+
+        def average(old, new):
+            return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, old, new)
+
+        ema = {**model_state["ema"], "params": average(model_state["ema"]["params"], params)}
+        if self.average_statistics:
+            ema["batch_stats"] = average(ema["batch_stats"], model_state["batch_stats"])
+        return {**model_state, "ema": ema}
+
+    def _ema_names(self):
+        return tuple(f"ema_{k}" for k in range(self.subnetworks.num))
+
+
+class EnsembleHead(nn.Module):
+    """Linear classifier on concatenated features: K times [B, D] -> logits [B, C]."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, features: list[jax.Array]) -> jax.Array:
+        joined = jnp.concatenate(features, axis=-1)
+        return dense(self.num_classes, joined.shape[-1], name="head")(joined)

@@ -1,0 +1,94 @@
+"""CL-ILR: its terms, its rescaled gradient and a whole step, against NumPy in float64."""
+
+import jax
+import numpy as np
+import pytest
+import reference
+
+from ffl_jax.methods import METHODS
+from ffl_jax.subnetworks import build
+
+
+@pytest.fixture(autouse=True, scope="module")
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def gradient_by_logits(logits, temperature, ce_weight, kd_weight):
+    """(the terms of each head, the loss, its gradient)."""
+    gradient, terms, loss = np.empty_like(logits), [], 0.0
+    for k in range(len(logits)):
+        target = np.mean([z for other, z in enumerate(logits) if other != k], axis=0)
+        ce, by_ce = reference.cross_entropy(logits[k])
+        kd, by_kd, _ = reference.kl_divergence(logits[k], target, temperature)
+        gradient[k] = ce_weight * by_ce + kd_weight * by_kd
+        terms.append((ce, kd))
+        loss += ce_weight * ce + kd_weight * kd
+    return terms, loss, gradient
+
+
+@pytest.mark.parametrize("num", [2, 3])
+@pytest.mark.parametrize(
+    ("settings", "ramp"),
+    [
+        ({}, 1.0),
+        (
+            {
+                "temperature": 3.0,
+                "cross_entropy_weight": 1.0,
+                "distillation_weight": 1.0,
+                "rampup_epochs": 80.0,
+            },
+            reference.RAMP,
+        ),
+    ],
+)
+def test_loss_and_gradient(num, settings, ramp):
+    logits = reference.draw_logits(num)
+    method = METHODS["cl_ilr"](build("tiny", num, 3, 2), 3, **settings)
+    loss, terms, gradients = reference.loss_and_gradients(method, {"logits": logits})
+    temperature, ce_weight, kd_weight = (3.0, 1.0, 1.0) if settings else (2.0, 0.5, 0.5)
+    expected_terms, expected, gradient = gradient_by_logits(logits, temperature, ce_weight, ramp * kd_weight)
+    for k, (ce, kd) in enumerate(expected_terms):
+        np.testing.assert_allclose(terms[f"cross_entropy/sub_{k}"], ce, rtol=1e-10)
+        np.testing.assert_allclose(terms[f"distillation/sub_{k}"], kd, rtol=1e-10)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)  # the ramp is float32
+    np.testing.assert_allclose(gradients["logits"], gradient, rtol=1e-6, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def step():
+    return reference.Step("method=cl_ilr,network=tiny", 3)
+
+
+def test_no_term_reaches_another_head_and_all_reach_the_trunk(step):
+    for k in range(3):
+        gradient = reference.term_gradients(step, f"distillation/sub_{k}")
+        assert reference.largest(gradient["subnetworks"]["trunk"]) > 0
+        for other in range(3):
+            assert (reference.largest(reference.branch(gradient, other)) > 0) == (other == k)
+
+
+def test_a_step(step):
+    """The trunk moves by a third of what its three heads send; they are not rescaled themselves."""
+    logits = np.asarray(step.outputs["logits"])
+    _, _, by_logits = gradient_by_logits(logits, 2.0, 0.5, 0.5)
+    plain = METHODS["independent"](step.method.subnetworks, 3)  # the same networks without the rescaling
+
+    def forward(params):
+        variables = {"params": params, **step._state}
+        outputs, _ = plain.apply(variables, step.batch["image"], train=True, mutable=["batch_stats"])
+        return outputs["logits"]
+
+    _, pullback = jax.vjp(reference.jit(forward), step.params)
+    (gradients,) = pullback(by_logits)
+    own = gradients["subnetworks"]
+    rescaled = {"trunk": jax.tree.map(lambda x: x / 3, own["trunk"]), "branches": own["branches"]}
+    step.check_sgd({"subnetworks": rescaled}, nesterov=True)
+
+
+def test_recipe():
+    config = reference.common.get_config("method=cl_ilr", "cifar100")
+    assert (config.subnetworks.num, config.subnetworks.shared_stages) == (4, 2)
+    assert (config.optimizer.weight_decay, config.optimizer.schedule) == (5e-4, "cosine")

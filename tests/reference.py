@@ -1,0 +1,146 @@
+"""Losses, their gradients by the logits, and a step of SGD: NumPy in float64, from the formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import draw_variables
+
+from configs import common
+from ffl_jax import methods, optimizers, steps
+
+SHAPE, BATCH, CLASSES = (8, 8, 3), 4, 3
+LABELS = np.array([0, 2, 1, 1])
+EPOCH = 40.0  # where a ramp of 80 epochs is exp(-5 / 4)
+RAMP = np.exp(-1.25)
+
+# Compiling takes longer than running here.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def draw_logits(num: int) -> np.ndarray:
+    """[num, BATCH, CLASSES], spread enough that every term counts."""
+    return np.random.default_rng(num).normal(0, 2, (num, BATCH, CLASSES))
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def cross_entropy(logits):
+    """Batch mean, and its gradient by the logits."""
+    p = softmax(logits)
+    value = -np.log(p[np.arange(BATCH), LABELS]).mean()
+    return value, (p - np.eye(CLASSES)[LABELS]) / BATCH
+
+
+def kl_divergence(logits, target, temperature):
+    """Batch mean of T**2 KL(target || logits), and its gradients by the learner's and by the target's logits."""
+    p, q = softmax(logits / temperature), softmax(target / temperature)
+    gap = np.log(q / p)
+    each = (q * gap).sum(-1, keepdims=True)
+    value = temperature**2 * each.mean()
+    return value, temperature * (p - q) / BATCH, temperature * q * (gap - each) / BATCH
+
+
+class Step:
+    """One step of a method on tiny networks with random variables, in float64.
+
+    Attributes:
+      method, config: as `common.get_config` gives them for `arg`, with `settings` for the method.
+      outputs: what the method computes at the start, as NumPy arrays.
+      gradients: of its objective, by the parameters.
+      params, new_params: before and after the step.
+    """
+
+    def __init__(self, arg: str, num: int | None = None, **settings):
+        self.config = common.get_config(arg)
+        self.config.method.update(settings)
+        if num is not None:
+            self.config.subnetworks.num = num
+        self.method = methods.build(self.config, CLASSES)
+        rng = np.random.default_rng(0)
+        self.batch = {"image": jnp.asarray(rng.normal(size=(BATCH, *SHAPE))), "label": jnp.asarray(LABELS)}
+        variables = draw_variables(self.method, self.batch["image"])
+        self.params = variables.pop("params")
+        self._state = variables
+        made = optimizers.make_optimizers(
+            self.method.trains, self.params, self.config.optimizer, self.config.optimizer_rules, 1, 300
+        )
+        state = steps.create_state(self.method, made, jax.random.key(0), SHAPE)
+        opt_state = {name: optimizer.init(self.params) for name, optimizer in made.items()}
+        state = state.replace(
+            params=self.params, model_state=variables, opt_state=opt_state, step=jnp.int32(EPOCH)
+        )
+
+        @jit
+        def run(state):
+            outputs, pullback = jax.vjp(self._forward, state.params)
+            new = steps.train_step(state, self.batch, method=self.method, optimizers=made, steps_per_epoch=1)
+            return outputs, pullback, new.params, new.record["terms"]
+
+        self.outputs, self._pullback, self.new_params, self.terms = run(state)
+
+    def _forward(self, params):
+        outputs, _ = self.method.apply(
+            {"params": params, **self._state}, self.batch["image"], train=True, mutable=["batch_stats"]
+        )
+        return outputs
+
+    def gradients(self, by_outputs: dict[str, np.ndarray]):
+        """The gradient by the parameters that follows from the loss's gradient by some of the outputs."""
+        cotangents = {
+            name: jnp.asarray(by_outputs.get(name, np.zeros(x.shape)), x.dtype)
+            for name, x in self.outputs.items()
+        }
+        return self._pullback(cotangents)[0]
+
+    def check_sgd(self, gradients, nesterov: bool):
+        """The first step of SGD with momentum 0.9 at rate 0.1, its weight decay added to the gradient."""
+        decay, factor = self.config.optimizer.weight_decay, 1.9 if nesterov else 1.0
+        expected = jax.tree.map(lambda p, g: p - 0.1 * factor * (g + decay * p), self.params, gradients)
+        moved = jax.tree.map(lambda old, new: float(jnp.abs(old - new).max()), self.params, self.new_params)
+        assert min(jax.tree.leaves(moved)) > 1e-7
+        for (path, actual), wanted in zip(
+            jax.tree_util.tree_leaves_with_path(self.new_params), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(actual, wanted, rtol=1e-8, atol=1e-10, err_msg=str(path))
+
+
+def loss_and_gradients(method, outputs: dict[str, np.ndarray], epoch: float = EPOCH):
+    """(loss, terms, gradients of the loss by the outputs) of a method's objective, in float64."""
+
+    @jit
+    def run(outputs):
+        def loss(outputs):
+            scalars, terms = method.objectives(outputs, jnp.asarray(LABELS), jnp.asarray(epoch))
+            return scalars["loss"], terms
+
+        return jax.value_and_grad(loss, has_aux=True)(outputs)
+
+    (loss, terms), gradients = run({name: jnp.asarray(x) for name, x in outputs.items()})
+    return float(loss), {name: float(x) for name, x in terms.items()}, gradients
+
+
+def term_gradients(step: Step, term: str):
+    """The gradient of one logged term by the parameters, in training mode."""
+
+    @jit
+    @jax.grad
+    def gradient(params):
+        _, terms = step.method.objectives(step._forward(params), step.batch["label"], jnp.asarray(EPOCH))
+        return terms[term]
+
+    return gradient(step.params)
+
+
+def largest(tree) -> float:
+    """The largest absolute value in a tree."""
+    return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+
+def branch(tree, k: int):
+    """Sub-network k's part of the branches of stacked sub-networks."""
+    return jax.tree.map(lambda leaf: leaf[k], tree["subnetworks"]["branches"])

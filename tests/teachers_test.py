@@ -1,0 +1,481 @@
+"""Teachers' runs: trained first, or found; and what is refused, with a command that can be pasted."""
+
+import functools
+import itertools
+import logging
+import pathlib
+import re
+import shlex
+import shutil
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn import datasets
+
+from configs import digits, folder
+from ffl_jax import checkpoint, cli, data, main, outputs, preemption, teachers, train
+from ffl_jax import config as config_lib
+from ffl_jax.data import Split
+from ffl_jax.errors import CheckpointError, ConfigError, Preempted
+from ffl_jax.experiment import Experiment
+from ffl_jax.parallel import Parallel
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly():
+    """Compiling takes longer than running here, and so does reading the digits again for every run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells all it does
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_digits", functools.cache(datasets.load_digits))
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    logging.getLogger("absl").setLevel(logging.NOTSET)
+
+
+def configuration(method="kd", teachers="tiny", module=digits, **changes):
+    """A student of one epoch; `changes` have a double underscore for every dot."""
+    config = module.get_config(f"method={method},network=tiny,epochs=1")
+    config.optimizer.schedule = "constant"
+    if "teachers" in config:
+        config.teachers.network, config.teachers.num = teachers, len(teachers.split("+"))
+    if method == "independent":
+        config.subnetworks.num = 1
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+def make_experiment(config):
+    return Experiment(config, data.load(config.data))
+
+
+def draw(abstract, seed):
+    """A state with random variables: nothing is compiled for it."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(x):
+        return jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.replace(rng=jnp.uint32(0)))
+    return zeros.replace(
+        params=jax.tree.map(leaf, abstract.params),
+        model_state=jax.tree.map(leaf, abstract.model_state),
+        rng=jax.random.key(0),
+    )
+
+
+def write_run(config, workdir, step=None, seed=0, state=None):
+    """Writes the checkpoint of a run, of its last step where none is given, without training it."""
+    run = train._Run(config, pathlib.Path(workdir), Parallel(num_devices=1))
+    state = state or draw(run.experiment.abstract_state(), seed)
+    step = run.evaluated_step = run.total_steps if step is None else step
+    log = types.SimpleNamespace(sync=lambda: None, size=0)
+    with checkpoint.Checkpoints(run.directory) as writer:
+        run.save(writer, step, run.parallel.replicate(state.replace(step=jnp.int32(step))), log)
+    return state
+
+
+def install(config, experiment=None):
+    """The state of a new student, through `prepare` and `install`."""
+    experiment = experiment or make_experiment(config)
+    runs = teachers.prepare(experiment.config, pathlib.Path("unused"), None)
+    return teachers.install(draw(experiment.abstract_state(), 99), runs, experiment)
+
+
+def assert_equal(tree, expected):
+    leaves, expected = jax.tree.leaves(tree), jax.tree.leaves(expected)
+    assert len(leaves) == len(expected) > 0
+    for leaf, other in zip(leaves, expected, strict=True):
+        np.testing.assert_array_equal(leaf, other)
+
+
+# -- trained first -------------------------------------------------------------------------------------------
+
+
+def final_state(workdir, config):
+    directory = pathlib.Path(workdir) / "checkpoints"
+    abstract = make_experiment(config).abstract_state()
+    return checkpoint.restore(directory, checkpoint.find(directory), abstract)
+
+
+def test_one_command_trains_all_and_continues(tmp_path, monkeypatch, caplog):
+    """Stopped in the second of two teachers, continued; then the student needs their folders no more."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(outputs, "draw_curves", lambda *_: None)
+    config = configuration(teachers="tiny+tiny_wide", log_every_steps=9)
+    first, second = tmp_path / "teachers/0", tmp_path / "teachers/1"
+    written = write_run(teachers.teacher_config(config, 0), first)  # as if trained before
+    with monkeypatch.context() as patch:
+        log = second / "metrics.jsonl"
+        patch.setattr(preemption, "requested", lambda: log.exists() and log.stat().st_size > 0)
+        with pytest.raises(Preempted, match="step 9 is saved; run the same command again"):
+            train.train(config, tmp_path)
+    assert not checkpoint.exists(tmp_path / "checkpoints")
+    assert f"Teacher 1 of 2 first: independent, tiny, 1 epochs, in {first}\n" in caplog.text
+    assert f"{first} is complete" in caplog.text
+    assert f"Teacher 2 of 2 first: independent, tiny_wide, 1 epochs, in {second}\n" in caplog.text
+    caplog.clear()
+
+    summary = train.train(config, tmp_path)
+    assert "Continuing from step 9 of 23" in caplog.text
+    assert f"Now their student, in {tmp_path}\n" in caplog.text
+    assert f"Teacher 1 of 2: sub_0 of {first}\n" in caplog.text
+    assert f"Teacher 2 of 2: sub_0 of {second}\n" in caplog.text
+    assert (summary["status"], summary["step"], summary["deploy"]) == ("completed", 23, "student")
+    assert list(summary["predictors"]) == ["student", "teacher_0", "teacher_1", "teacher_ensemble"]
+    scores = outputs.read_json(second / "summary.json")["predictors"]["sub_0"]
+    assert summary["predictors"]["teacher_1"] == pytest.approx(scores)  # parameters and FLOPs, too
+    assert outputs.read_json(second / "config.json")["seed"] == 2000
+
+    # Bitwise what they were, statistics included, after an epoch of the student; each in its place.
+    trained = final_state(second, configuration("independent", subnetworks__network="tiny_wide"))
+    assert int(trained.step) == 23
+    shutil.rmtree(tmp_path / "teachers")
+    config.teachers.runs = ("gone", "gone")
+    assert train.train(config, tmp_path) == summary
+    assert not (tmp_path / "teachers").exists()
+    state = final_state(tmp_path, config)
+    for index, teacher in enumerate((written, trained)):
+        for found, expected in (
+            (state.params, teacher.params),
+            (state.model_state["batch_stats"], teacher.model_state["batch_stats"]),
+        ):
+            branch = jax.tree.map(lambda x: x[0], expected["subnetworks"]["branches"])
+            assert_equal(found["teachers"][f"networks_{index}"], branch)
+
+
+def test_generations_are_nested(tmp_path):
+    """A student of a student: three networks, each with the one before in its own folder and checkpoint."""
+    states = {}
+
+    def train_nothing(config, workdir):
+        """A training that ends where it begins, but for its teachers."""
+        workdir = pathlib.Path(workdir)
+        experiment = make_experiment(config)
+        runs = teachers.prepare(experiment.config, workdir, train_nothing)
+        state = draw(experiment.abstract_state(), config.seed)
+        states[workdir] = write_run(config, workdir, state=teachers.install(state, runs, experiment))
+
+    train_nothing(configuration("feed", teachers__generations=2, seed=5), tmp_path)
+    folders = [tmp_path, tmp_path / "teachers/0", tmp_path / "teachers/0/teachers/0"]
+    assert list(states) == folders[::-1]
+    runs = [checkpoint.load_run(path / "checkpoints", 23)["config"] for path in folders]
+    assert [run["method"]["name"] for run in runs] == ["feed", "feed", "independent"]
+    assert [run["seed"] for run in runs] == [5, 1005, 2005]
+    for student, teacher in itertools.pairwise(folders):
+        trained = states[teacher].params["subnetworks"]["branches"]
+        assert_equal(states[student].params["teachers"]["networks_0"], jax.tree.map(lambda x: x[0], trained))
+
+
+def test_all_seeds_differ():
+    """Of 3 teachers with 3 teachers each: 13 networks."""
+    config = configuration("feed", "tiny+tiny+tiny", teachers__generations=2, seed=7)
+    seeds = [config.seed]
+
+    def record(teacher, workdir):
+        seeds.append(teacher.seed)
+        teachers.prepare(teacher, pathlib.Path(workdir), record)
+
+    teachers.prepare(config, pathlib.Path("unused"), record)
+    assert len(set(seeds)) == len(seeds) == 13
+    assert all(seed % 1000 == 7 for seed in seeds)
+
+
+def test_epochs_of_teachers():
+    config = digits.get_config("method=kd,epochs=300")
+    config.optimizer.update({"schedule": "step", "decay_epochs": (150, 225), "warmup_epochs": 0.5})
+    config.optimizer_rules = (("loss/.*", {"weight_decay": 0.0}),)
+    config.subnetworks.shared_stages = 2
+    same = teachers.teacher_config(config, 0)
+    assert same.epochs == 300
+    assert same.optimizer == config.optimizer
+    config_lib.check(same)
+    config.teachers.epochs = 200
+    shorter = teachers.teacher_config(config, 0)
+    assert (shorter.epochs, tuple(shorter.optimizer.decay_epochs)) == (200, (100, 150))
+
+
+# -- found ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Finished runs of several methods: {name: (folder, state)}."""
+    root = tmp_path_factory.mktemp("runs")
+    configurations = {
+        "plain": configuration("independent"),
+        "wide": configuration("independent", subnetworks__network="tiny_wide"),
+        "ffl": configuration("ffl", subnetworks__shared_stages=1),
+        "kd": configuration("kd"),
+    }
+    return {
+        name: (root / name, write_run(config, root / name, seed=seed))
+        for seed, (name, config) in enumerate(configurations.items())
+    }
+
+
+def test_runs_of_any_method(runs, monkeypatch):
+    """By absolute and relative paths and below ~; a sub-network of FFL on its trunk, and a student of KD."""
+    root = runs["plain"][0].parent
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HOME", str(root))
+    names = "+".join(["tiny", "tiny_wide", "tiny", "tiny"])
+    paths = (str(runs["plain"][0]), "wide", "~/ffl:sub_1", "kd")
+    state = install(configuration(teachers=names, teachers__runs=paths))
+    for kind, loaded in (("params", state.params), ("batch_stats", state.model_state["batch_stats"])):
+
+        def trained(name, kind=kind):
+            state = runs[name][1]
+            return (state.params if kind == "params" else state.model_state[kind])["subnetworks"]
+
+        def branch(name, k=0):
+            return jax.tree.map(lambda x: x[k], trained(name)["branches"])
+
+        assert loaded["teachers"].keys() == {f"networks_{k}" for k in range(4)}
+        assert_equal(loaded["teachers"]["networks_0"], branch("plain"))
+        assert_equal(loaded["teachers"]["networks_1"], branch("wide"))
+        assert_equal(loaded["teachers"]["networks_2"], {**trained("ffl")["trunk"], **branch("ffl", 1)})
+        assert_equal(loaded["teachers"]["networks_3"], branch("kd"))
+
+
+def test_student_itself_starts_from_its_own_seed(runs):
+    config = configuration(teachers__runs=(str(runs["plain"][0]),))
+    experiment = make_experiment(config)
+    before = draw(experiment.abstract_state(), 99)
+    state = install(config, experiment)
+    assert_equal(state.params["subnetworks"], before.params["subnetworks"])
+    assert_equal(state.opt_state, before.opt_state)
+    assert jax.tree.structure(state) == jax.tree.structure(before)
+
+
+def test_folder_with_a_colon_in_its_name(runs, tmp_path):
+    folder = tmp_path / "lr:0.1"
+    shutil.copytree(runs["plain"][0], folder)
+    install(configuration(teachers__runs=(str(folder),)))
+    install(configuration(teachers__runs=(f"{folder}:sub_0",)))
+
+
+def test_data_that_does_not_suit_the_teachers_training(runs):
+    """Fewer images than its batch, smaller than its padding: neither matters to a trained network."""
+    config = configuration(teachers__runs=(str(runs["plain"][0]),), batch_size=16)
+    whole = data.load(config.data)
+    few = Split(whole.train.images[:20], whole.train.labels[:20])
+    dataset = type(whole)(whole.name, few, whole.test, whole.class_names, whole.fingerprint)
+    stored = checkpoint.load_run(runs["plain"][0] / "checkpoints", 23)["config"]
+    config.data.mean, config.data.std = tuple(stored["data"]["mean"]), tuple(stored["data"]["std"])
+    install(config, Experiment(config, dataset))
+
+
+def test_other_images_are_noticed(runs, caplog):
+    config = configuration(teachers__runs=(str(runs["plain"][0]),), data__validation_examples=100)
+    install(config)
+    assert "was trained on other images" in caplog.text
+    caplog.clear()
+    config.data.validation_examples = 0
+    install(config)
+    assert "other images" not in caplog.text
+
+
+# -- the command line ----------------------------------------------------------------------------------------
+
+
+def parse(monkeypatch, *arguments):
+    """The values of the flags of `main`, as from a shell."""
+    argv = ["main", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+    values = cli.new_flags()
+    main.flags.DEFINE_string("workdir", None, "", flag_values=values)
+    cli.parse(values, argv, "", config=True)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["=runs/a"], ("runs/a",)),
+        (["=~/a-b.c:sub_1"], ("~/a-b.c:sub_1",)),
+        (["=a", "=b:sub_1"], ("a", "b:sub_1")),
+        (["=('a', 'with a blank')"], ("a", "with a blank")),
+        (["=()"], ()),
+    ],
+)
+def test_runs_on_the_command_line(monkeypatch, arguments, expected):
+    arguments = [f"--config.teachers.runs{argument}" for argument in arguments]
+    config = parse(monkeypatch, "--config=configs/digits.py:method=kd", *arguments).config
+    assert config.teachers.runs == expected
+
+
+def test_runs_must_be_one_for_each(runs):
+    with pytest.raises(ConfigError, match=r"names 1 run\(s\), but config\.teachers\.num is 2: set it to 1"):
+        install(configuration(teachers="tiny+tiny", teachers__runs=("a",)))
+    with pytest.raises(ConfigError, match=r"2024 is read as a number, write it as \./2024"):
+        install(configuration(teachers__runs=(2024,)))
+
+
+def commands_in(error):
+    return [shlex.split(text) for text in re.findall("`(.*?)`", str(error))]
+
+
+def configuration_of(monkeypatch, command):
+    assert command[:3] == ["python", "-m", "ffl_jax.main"]
+    values = parse(monkeypatch, *command[3:])
+    return values.config, values.workdir
+
+
+def test_missing_runs_come_with_their_commands(monkeypatch, tmp_path):
+    """Pasted, each says exactly what `prepare` would train; and one of them is run."""
+    monkeypatch.chdir(tmp_path)
+    config = configuration(
+        teachers="tiny+tiny_wide",
+        teachers__runs=("mine/a b", "other:sub_1"),
+        teachers__epochs=2,
+        batch_size=128,
+        data__flip=True,
+        optimizer_rules=(("loss/.*", {"weight_decay": 0.0}),),
+        seed=3,
+    )
+    experiment = make_experiment(config)
+    with pytest.raises(CheckpointError) as error:
+        install(config, experiment)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith("config.teachers.runs: mine/a b holds no run, train it with `python -m")
+    assert "` and leave out :sub_1" in message.replace(",", "")
+    commands = commands_in(message)
+    assert len(commands) == 2
+    for index, command in enumerate(commands):
+        given, workdir = configuration_of(monkeypatch, command)
+        assert workdir == ("mine/a b", "other")[index]
+        # The mean and std, which follow from the data, are computed again.
+        expected = teachers.teacher_config(config, index).to_dict()
+        assert given.to_dict() == expected
+    main.command(commands[0][2:])
+    with pytest.raises(CheckpointError) as error:
+        install(config, experiment)
+    assert len(commands_in(error.value)) == 1  # the first is there now
+
+
+def test_unfinished_runs_come_with_the_command_that_continues(monkeypatch, tmp_path):
+    """Whatever was changed in them: FFL with another network, rule, weight decay and mean."""
+    config = configuration("ffl", data__mean=(0.1, 0.2, 0.3), data__std=(0.4, 0.5, 0.6), log_every_steps=3)
+    config.optimizer_rules = (("loss/fusion/.*", {"weight_decay": 0.5}),)
+    config.subnetworks.num = 3
+    write_run(config, tmp_path, step=10)
+    with pytest.raises(CheckpointError, match="is at step 10 of 23, continue it with") as error:
+        install(configuration(teachers__runs=(f"{tmp_path}:sub_2",)))
+    ((command),) = commands_in(error.value)
+    given, workdir = configuration_of(monkeypatch, command)
+    assert workdir == str(tmp_path)
+    assert given.to_dict() == config.to_dict()
+
+
+def test_command_for_a_folder_of_images(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, name, number in np.ndindex(2, 2, 4):
+        path = tmp_path / "my data" / ("train", "test")[split] / "ab"[name] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).save(path)
+    config = configuration(
+        module=folder,
+        data__data_dir="my data",
+        data__cache_dir="cache",
+        data__image_size=8,
+        batch_size=8,
+        teachers__runs=("~/teacher",),
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(CheckpointError) as error:
+        install(config)
+    ((command),) = commands_in(error.value)
+    assert "--config.data.data_dir=my data" in command
+    given, workdir = configuration_of(monkeypatch, command)
+    assert given.to_dict() == teachers.teacher_config(config, 0).to_dict()
+    assert workdir == str(tmp_path / "teacher")  # a quoted ~ is no longer the home of a shell
+
+
+def test_imported_weights_are_a_finished_run(tmp_path):
+    """Weights of other programs are at step 0, where no training saves."""
+    state = write_run(configuration("independent"), tmp_path, step=0)
+    loaded = install(configuration(teachers__runs=(str(tmp_path),)))
+    branch = jax.tree.map(lambda x: x[0], state.params["subnetworks"]["branches"])
+    assert_equal(loaded.params["teachers"]["networks_0"], branch)
+
+
+# -- refused -------------------------------------------------------------------------------------------------
+
+
+def test_another_network(runs):
+    with pytest.raises(CheckpointError, match=r"plain:sub_0 is not a tiny_wide, but of tiny: set config"):
+        install(configuration(teachers="tiny_wide", teachers__runs=(str(runs["plain"][0]),)))
+
+
+def test_a_prediction_that_is_no_network(runs):
+    for name in ("fused", "ensemble", "sub_2"):
+        with pytest.raises(
+            CheckpointError, match=rf"'{name}' is not one plain network.* one of sub_0, sub_1"
+        ):
+            install(configuration(teachers__runs=(f"{runs['ffl'][0]}:{name}",)))
+
+
+def test_another_normalisation(runs, monkeypatch):
+    """Refused with the flags that set it; less than half a grey level is let pass."""
+    path = str(runs["plain"][0])
+    stored = checkpoint.load_run(runs["plain"][0] / "checkpoints", 23)["config"]["data"]
+    mean, std = tuple(stored["mean"]), tuple(stored["std"])
+    near = tuple(x + 0.4 / 255 for x in mean)
+    install(configuration(teachers__runs=(path,), data__mean=near, data__std=std))
+    for key, values in (("mean", (0.5, 0.5, 0.5)), ("std", (std[0], std[1], std[2] + 0.6 / 255))):
+        other = {"mean": mean, "std": std} | {key: values}
+        config = configuration(teachers__runs=(path,), data__mean=other["mean"], data__std=other["std"])
+        with pytest.raises(CheckpointError, match=rf"config\.data\.{key} .* normalised alike, add ") as error:
+            install(config)
+        flags = shlex.split(str(error.value).split("alike, add ")[1].rstrip("."))
+        given = parse(monkeypatch, "--config=configs/digits.py:method=kd", *flags).config
+        assert (given.data.mean, given.data.std) == (mean, std)
+
+
+def changed_dataset(class_names=None, side=None):
+    whole = data.load(digits.get_config().data)
+
+    def split(one):
+        labels = one.labels if class_names is None else one.labels % len(class_names)
+        images = one.images if side is None else np.repeat(np.repeat(one.images, 2, 1), 2, 2)[:, :side, :side]
+        return Split(images, labels)
+
+    names = class_names or whole.class_names
+    return type(whole)(whole.name, split(whole.train), split(whole.test), names, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"class_names": tuple("abcde")}, "has classes 10, but this run has 5: take a teacher of the same"),
+        ({"class_names": (*"0123456798",)}, "has class 8 8, but this run has 9: take a teacher of the same"),
+        ({"side": 16}, r"has images of \[8, 8, 3\], but this run has \[16, 16, 3\]: take a teacher"),
+    ],
+)
+def test_another_dataset(runs, dataset, message):
+    config = configuration(teachers__runs=(str(runs["plain"][0]),))
+    with pytest.raises(CheckpointError, match=message):
+        install(config, Experiment(config, changed_dataset(**dataset)))
+
+
+def test_damaged_run(runs, tmp_path):
+    shutil.copytree(runs["plain"][0], tmp_path, dirs_exist_ok=True)
+    largest = max((tmp_path / "checkpoints/23").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint in .*step 23"):
+        install(configuration(teachers__runs=(str(tmp_path),)))
+
+
+def test_methods_without_teachers():
+    config = configuration("independent")
+    assert teachers.prepare(config, pathlib.Path("unused"), None) == []
+    state = draw(make_experiment(config).abstract_state(), 0)
+    assert teachers.install(state, [], None) is state
