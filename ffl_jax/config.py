@@ -11,7 +11,7 @@ from ffl_jax.errors import ConfigError
 
 # Changing these does not change what is trained, so that a run may continue with another value.
 FREE_KEYS = ("epochs", "log_every_steps", "evaluation", "checkpoint", "parallel")
-FREE_DATA_KEYS = ("data_dir", "manual_dir", "cache_dir")
+FREE_DATA_KEYS = ("data_dir", "manual_dir", "cache_dir", "workers")
 
 
 def check(config: ConfigDict):
@@ -30,7 +30,6 @@ def check(config: ConfigDict):
         "checkpoint.every_epochs": 1,
         "checkpoint.keep": 1,
         "teachers.num": 1,
-        "teachers.epochs": 1,
         "teachers.generations": 1,
     }
     for key, bound in at_least.items():
@@ -51,7 +50,12 @@ def check(config: ConfigDict):
         )
     optimizers.merge_rules(config.optimizer, config.optimizer_rules)
     # With any number of classes: what does not go together is refused before the data is looked for.
-    methods.build(config, num_classes=2)
+    method = methods.build(config, num_classes=2)
+    if method.uses_validation and not config.data.validation_examples:
+        raise ConfigError(
+            f"this {config.method.name} learns from a validation split of the training images: set "
+            "config.data.validation_examples, now 0."
+        )
 
 
 def network_names(config: ConfigDict) -> list[str]:

@@ -15,8 +15,8 @@ def prediction_costs(method, params, model_state, image_shape) -> dict[str, dict
       params, model_state: its variables, or their shapes.
       image_shape: (H, W, 3).
 
-    `parameters` counts trained numbers, without batch statistics; `flops` is XLA's count, with a multiply-add
-    as two.
+    `parameters` counts trained numbers, and averages of them, which are trees called "params" in the model
+    state; not batch statistics. `flops` is XLA's count, with a multiply-add as two.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
@@ -53,8 +53,11 @@ def _network_cost(method, params, model_state, images, prediction):
 def _cost(function, params, model_state, images):
     jaxpr = jax.make_jaxpr(function)(params, model_state, images).jaxpr
     _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    leaves = jax.tree_util.tree_leaves_with_path(({"params": params}, model_state, images))
     parameters = sum(
-        math.prod(leaf.shape) for leaf, is_used in zip(jax.tree.leaves(params), used, strict=False) if is_used
+        math.prod(leaf.shape)
+        for (path, leaf), is_used in zip(leaves, used, strict=True)
+        if is_used and jax.tree_util.DictKey("params") in path
     )
     analysis = jax.jit(function).lower(params, model_state, images).cost_analysis() or {}
     return {"parameters": parameters, "flops": int(analysis.get("flops", 0)) or None}

@@ -72,6 +72,9 @@ class ResolutionAdaptor(nn.Module):
 def adaptive_average_pool(x: jax.Array, height: int, width: int) -> jax.Array:
     """[B, H, W, D] -> [B, height, width, D]; row i averages rows floor(iH/height) to ceil((i+1)H/height)."""
 
+    if x.shape[1:3] == (height, width):
+        return x
+
     def weights(size, cells):
         matrix = np.zeros((cells, size), np.float32)
         for i in range(cells):

@@ -81,7 +81,7 @@ def test_a_step(step):
         outputs, _ = plain.apply(variables, step.batch["image"], train=True, mutable=["batch_stats"])
         return outputs["logits"]
 
-    _, pullback = jax.vjp(reference.jit(forward), step.params)
+    _, pullback = jax.vjp(jax.jit(forward), step.params)
     (gradients,) = pullback(by_logits)
     own = gradients["subnetworks"]
     rescaled = {"trunk": jax.tree.map(lambda x: x / 3, own["trunk"]), "branches": own["branches"]}

@@ -86,7 +86,7 @@ def test_shift():
     np.testing.assert_allclose(shifted, np.full(Y.shape, 2.75), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "smallest"), [(64, 21), (49, 16), (4, 1), (1, 1)])
+@pytest.mark.parametrize(("count", "smallest"), [(64, 21), (49, 16), (4, 1), (2, 1), (1, 1)])
 def test_a_third_of_the_pixels_stays(count, smallest):
     values = np.random.default_rng(0).permutation(count) + 1.0
     target, _ = jit(shift)(jnp.sqrt(jnp.float32(values)).reshape(1, 1, count, 1))

@@ -10,7 +10,7 @@ import pytest
 from conftest import draw_variables
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.models import NETWORKS, mobilenet, shufflenet
+from ffl_jax.models import NETWORKS, base, mobilenet, shufflenet
 
 # Compiling takes longer than running here.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -92,7 +92,7 @@ def test_shapes_of_the_outputs(name, side, sides):
 
 def test_early_stride_asks_the_shorter_side():
     sides = [(64, 64), (63, 64), (64, 63), (200, 32)]
-    assert [mobilenet.early_stride(jnp.zeros((1, *side, 3))) for side in sides] == [2, 1, 1, 1]
+    assert [base.early_stride(jnp.zeros((1, *side, 3))) for side in sides] == [2, 1, 1, 1]
 
 
 # A branch does not see the image: MobileNet's halves the map of 64 from an image of 128, but not the map of

@@ -19,7 +19,7 @@ def float64():
 
 
 def expected(logits, gate, ramp):
-    """(terms, loss, gradient by the logits, gradient by the gate) from both: the fused logits depend on them."""
+    """(terms, loss, gradients by the logits and by the gate); the fused logits depend on both."""
     fused = np.einsum("bk,kbc->bc", gate, logits)
     fused_ce, by_fused = reference.cross_entropy(fused)
     terms, loss = {"cross_entropy/fused": fused_ce}, fused_ce

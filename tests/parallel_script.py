@@ -5,7 +5,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from conftest import ROOT as ROOT  # registers the tiny networks
 from method_test import RUN, configuration
 

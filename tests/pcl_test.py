@@ -312,7 +312,8 @@ def test_parameters_of_predictions():
     for name in method.network_names():
         assert actual[name]["parameters"] == trunk + branch + head, name
     assert actual["ensemble"]["parameters"] == trunk + 3 * (branch + head)
-    assert actual["fused"]["parameters"] == trunk + 3 * branch + ensemble_head
+    for name in ("fused", "ema_fused"):
+        assert actual[name]["parameters"] == trunk + 3 * branch + ensemble_head, name
     assert actual["fused"]["flops"] == actual["ema_fused"]["flops"]
 
 

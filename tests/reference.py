@@ -37,7 +37,7 @@ def cross_entropy(logits):
 
 
 def kl_divergence(logits, target, temperature):
-    """Batch mean of T**2 KL(target || logits), and its gradients by the learner's and by the target's logits."""
+    """Batch mean of T**2 KL(target || logits), and its gradients by the learner's and the target's logits."""
     p, q = softmax(logits / temperature), softmax(target / temperature)
     gap = np.log(q / p)
     each = (q * gap).sum(-1, keepdims=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.losses import cross_entropy, kl_divergence
+from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence
 from ffl_jax.methods.base import METHODS, Method
 from ffl_jax.models.base import batch_norm, conv
 from ffl_jax.modules import adaptive_average_pool
@@ -94,9 +94,7 @@ class AFD(Method):
     def _comparable_maps(self, maps, train):
         """K maps [B, H_k, W_k, D_k] -> K maps [B, H, W, D] of the least resolution and the most channels."""
         height, width = (min(x.shape[axis] for x in maps) for axis in (1, 2))
-        maps = [
-            x if x.shape[1:3] == (height, width) else adaptive_average_pool(x, height, width) for x in maps
-        ]
+        maps = [adaptive_average_pool(x, height, width) for x in maps]
         features = max(x.shape[-1] for x in maps)
         return [transfer(x, features, train) for transfer, x in zip(self.transfers, maps, strict=True)]
 
@@ -161,8 +159,7 @@ class Discriminator(nn.Module):
         x = nn.leaky_relu(batch_norm(train, name="norm")(x), self.slope)
         kernel, stride = ((2, 2), 2) if is_patch else (x.shape[1:3], 1)
         x = nn.Conv(1, kernel, stride, padding=0, name="conv2")(x)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return nn.sigmoid(x.reshape(len(x), -1))
+        return nn.sigmoid(at_least_float32(x.reshape(len(x), -1)))
 
 
 class Transfer(nn.Module):
@@ -185,6 +182,6 @@ def _score_by_constants(discriminator, x, train):
 
 def _cosine(x, y):
     """Cosine similarity of maps, example by example: 2 x [B, H, W, D] -> [B]; 0 where one is 0."""
-    x, y = (z.reshape(len(z), -1).astype(jnp.promote_types(z.dtype, jnp.float32)) for z in (x, y))
+    x, y = (at_least_float32(z.reshape(len(z), -1)) for z in (x, y))
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
     return (x * y).sum(-1) / jnp.maximum(norms, 1e-12)

@@ -36,9 +36,9 @@ class FFSD(Method):
     leader's, widened to as many channels by a head that only training needs. w(epoch) is a warm-up.
 
     All networks but the first student have a decoder (`Decoder`), which makes maps of the earlier stages
-    from one of the last. It learns to make G, the network's own maps F, from the network's last. I sums N
-    of the attentions of F and of what it makes from another: for a student, the previous student's with
-    shifted attention, for the leader, the fused map.
+    from one of the last: G, which shall be like the network's own maps F, from its own. I sums N of the
+    attentions of F and of what the decoder, in inference mode, makes from another map: for a student the
+    previous student's with shifted attention, for the leader the fused map.
 
     All second arguments are constants, and so are the inputs of the fusion module and the decoders. Then no
     term moves the parameters of two networks, and one gradient of the sum is what the released code
@@ -138,7 +138,7 @@ class FFSD(Method):
             "fused_logits": fused_logits,
             "feature_maps": [network.feature_maps for network in networks],
             "fused_map": fused_map,
-            # Of all students but the first, and where decoders are, of the leader.
+            # Of the second student on; the leader has the last two.
             "shifted": [x for x, _ in shifted],
             "imitated": imitated,
             "decoded": decoded,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.losses import cross_entropy, kl_divergence, sigmoid_rampup
+from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence, sigmoid_rampup
 from ffl_jax.methods.base import METHODS, Method
 from ffl_jax.models.base import batch_norm, conv
 from ffl_jax.modules import FusionModule, adaptive_average_pool
@@ -97,7 +97,7 @@ class MFEF(Method):
         # Not stopped: the fused classifier's losses train the sub-networks' feature maps too.
         maps = [self._process(k, peer, train) for k, peer in enumerate(peers)]
         height, width = (min(x.shape[axis] for x in maps) for axis in (1, 2))
-        fused_logits, fused_map = self.fusion([_pool(x, height, width) for x in maps], train)
+        fused_logits, fused_map = self.fusion([adaptive_average_pool(x, height, width) for x in maps], train)
         outputs = {"logits": jnp.stack([peer.logits for peer in peers]), "fused_logits": fused_logits}
         if self.feat_loss_weight:
             target = _spatial_energy(stop_gradient(fused_map), height, width)
@@ -152,7 +152,9 @@ class EarlyFusion(nn.Module):
         """[B, H, W, D] and any number of [B, H_i, W_i, D_i] -> [B, H, W, D]."""
         _, height, width, channels = x.shape
         for index, earlier in enumerate(earlier_maps):
-            projected = conv(channels, 1, name=f"conv{index + 1}")(_pool(earlier, height, width))
+            projected = conv(channels, 1, name=f"conv{index + 1}")(
+                adaptive_average_pool(earlier, height, width)
+            )
             x = x + batch_norm(train, name=f"norm{index + 1}")(projected)
         return x
 
@@ -231,14 +233,9 @@ def _largest(x, axis):
     return jnp.take_along_axis(x, x.argmax(axis, keepdims=True), axis)
 
 
-def _pool(x, height, width):
-    """[B, H, W, D] -> [B, height, width, D]."""
-    return x if x.shape[1:3] == (height, width) else adaptive_average_pool(x, height, width)
-
-
 def _spatial_energy(x, height, width):
     """Energy over the channels, of norm 1 over space: [B, H, W, D] -> [B, height, width]."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    energy = _pool((x**2).sum(-1, keepdims=True), height, width)[..., 0]
+    energy = (at_least_float32(x) ** 2).sum(-1, keepdims=True)
+    energy = adaptive_average_pool(energy, height, width)[..., 0]
     # The addend keeps the gradient finite where a map is 0 all over.
     return energy / jnp.sqrt((energy**2).sum((1, 2), keepdims=True) + 1e-12)

@@ -19,7 +19,8 @@ class NetworkOutputs:
       logits: [B, C].
       features: [B, D], the last feature map averaged over space.
       feature_maps: one [B, H, W, D] for each stage that the network ran, its output: after the stage's last
-        ReLU, but for the earlier stages of pre-activation networks, which end in a sum or a concatenation.
+        ReLU, but for the earlier stages of pre-activation networks, which end in a sum or a concatenation,
+        and of MobileNetV2, which end in linear bottlenecks.
         What narrows or pools the map between two stages belongs to the later one.
       trunk_map: [B, H, W, D], the output of the trunk that the sub-networks share; None without one.
     """
@@ -194,3 +195,11 @@ def uniform(fan_in: int) -> initializers.Initializer:
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
     return init
+
+
+def early_stride(x: jax.Array) -> int:
+    """Stride of an early layer: 1 on a map [B, H, W, D] of less than 64 pixels a side, else 2.
+
+    It asks the map, not the image, so that a branch, which never sees the image, decides like the whole.
+    """
+    return 2 if min(x.shape[1:3]) >= 64 else 1

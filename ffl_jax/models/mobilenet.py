@@ -6,7 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-from ffl_jax.models.base import NETWORKS, Network, batch_norm, conv
+from ffl_jax.models.base import NETWORKS, Network, batch_norm, conv, early_stride
 
 # Widths of the inverted residuals in each stage. All but the first stage expand by 6.
 _WIDTHS = ((16,), (24,) * 2, (32,) * 3, (64,) * 4 + (96,) * 3, (160,) * 3 + (320,))
@@ -89,14 +89,6 @@ class InvertedResidual(nn.Module):
         y = conv(self.features, 1, name="project_conv")(y)
         y = batch_norm(train, name="project_norm")(y)
         return x + y if self.stride == 1 and self.features == x.shape[-1] else y
-
-
-def early_stride(x: jax.Array) -> int:
-    """Stride of an early layer: 1 on a map [B, H, W, D] of less than 64 pixels a side, else 2.
-
-    It asks the map, not the image, so that a branch, which never sees the image, decides like the whole.
-    """
-    return 2 if min(x.shape[1:3]) >= 64 else 1
 
 
 NETWORKS.register("mobilenetv2")(MobileNetV2)

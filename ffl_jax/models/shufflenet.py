@@ -4,8 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ffl_jax.models.base import NETWORKS, Network, batch_norm, conv
-from ffl_jax.models.mobilenet import early_stride
+from ffl_jax.models.base import NETWORKS, Network, batch_norm, conv, early_stride
 
 _BLOCKS = (4, 8, 4)  # in each stage, of both versions
 _GROUPS = 3  # of the pointwise convolutions, version 1
