@@ -4,6 +4,8 @@ ARG is what stands after the colon of `--config=configs/DATA.py:ARG`, such as
 `method=ffl,network=resnet20+resnet32,epochs=60`; every other key can be set by `--config.KEY=VALUE`.
 """
 
+import os
+
 from ml_collections import ConfigDict
 
 from ffl_jax import methods
@@ -63,7 +65,7 @@ def get_config(
             "network": networks[0],  # or one for each, with + between them
             "num": 1,
             "runs": (),  # finished runs, "DIR" or "DIR:PREDICTION", one for each; () trains them first
-            "epochs": 0,
+            "epochs": 0,  # of each; 0: as many as the student
             "generations": 1,  # 2: the teachers are students of teachers themselves, and so on
         }
     config.optimizer = {
@@ -86,8 +88,11 @@ def get_config(
         "data_dir": "",  # folder: the root of the tree; TFDS: where datasets are prepared, "" for its default
         "manual_dir": "",  # TFDS: files downloaded by hand, to prepare without a network
         "cache_dir": "",  # decoded images; "" for the user's cache folder
-        "image_size": 0,  # folder: resize the shorter side, crop the centre; 0 takes images as they are
+        "image_size": 0,  # resize the shorter side, crop the centre; 0 takes images as they are
+        "streaming": False,  # True: read and decode on demand, for datasets that do not fit in memory
+        "workers": min(32, max(1, (os.cpu_count() or 2) - 1)),  # streaming: processes; 0: this one
         "validation_examples": 0,  # carved from the training split; the best epoch is chosen on them
+        "crop": "pad",  # then cut at random places; or resized: random parts, streaming only
         "pad": 4,
         "pad_mode": "reflect",  # or zero
         "flip": True,
@@ -112,6 +117,4 @@ def get_config(
     settings = stretch(flatten(base), epochs, config.epochs)
     settings |= stretch(standard, epochs, standard["epochs"]) | stretch(recipe, epochs, published["epochs"])
     config.update_from_flattened_dict(settings | {"epochs": epochs})
-    if "teachers" in config:
-        config.teachers.epochs = epochs
     return config

@@ -72,7 +72,7 @@ def _check_dataset(config, data, experiment):
     made = experiment.Experiment(config, dataset)
     height, width, _ = made.image_shape
     splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    sizes = ", ".join(f"{name} {len(split.labels)}" for name, split in splits.items() if split is not None)
+    sizes = ", ".join(f"{name} {len(split)}" for name, split in splits.items() if split is not None)
     return (
         f"{dataset.name}: {sizes} images of {height}x{width}, {len(dataset.class_names)} classes, "
         f"{made.steps_per_epoch} steps an epoch"

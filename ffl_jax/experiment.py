@@ -30,9 +30,9 @@ class Experiment:
 
     def __init__(self, config: ConfigDict, dataset: Dataset):
         """Raises ConfigError or DatasetError where the two do not fit."""
-        if len(dataset.train.labels) < config.batch_size:
+        if len(dataset.train) < config.batch_size:
             raise DatasetError(
-                f"{dataset.name}: {len(dataset.train.labels)} training examples are fewer than one batch: "
+                f"{dataset.name}: {len(dataset.train)} training examples are fewer than one batch: "
                 f"set config.batch_size to at most that, now {config.batch_size}."
             )
         height, width, _ = dataset.train.image_shape
@@ -45,12 +45,7 @@ class Experiment:
         self.dataset = dataset
         self.image_shape = dataset.train.image_shape
         self.method = methods.build(config, len(dataset.class_names))
-        if self.method.uses_validation and dataset.validation is None:
-            raise ConfigError(
-                f"this {config.method.name} learns from a validation split of the training images: set "
-                "config.data.validation_examples, now 0."
-            )
-        self.steps_per_epoch = resident.steps_per_epoch(len(dataset.train.labels), config.batch_size)
+        self.steps_per_epoch = resident.steps_per_epoch(len(dataset.train), config.batch_size)
         key = jax.random.key(config.seed)
         params, _ = jax.eval_shape(
             functools.partial(steps.init_variables, self.method, image_shape=self.image_shape), key
@@ -78,7 +73,7 @@ class Experiment:
 
 def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
     """The configuration with what depends on the data filled in: the channels' mean and std."""
-    config = ConfigDict(config)
+    config = ConfigDict(config.to_dict())  # a copy at every depth
     if not config.data.mean:
         images = dataset.train.images.reshape(-1, 3)
         counts = np.stack([np.bincount(images[:, channel], minlength=256) for channel in range(3)])
@@ -89,6 +84,41 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
         config.data.mean = tuple(float(x) for x in mean / 255)
         config.data.std = tuple(float(x) for x in std / 255)
     return config
+
+
+def run_record(
+    experiment: Experiment,
+    devices: int = 1,
+    metrics_bytes: int = 0,
+    best: dict | None = None,
+    evaluated_step: int = -1,
+    scores: dict | None = None,
+) -> dict:
+    """What a checkpoint holds beside the state: JSON-able, and all that scoring or continuing it needs.
+
+    Args:
+      experiment: whose state it is.
+      devices: how many trained it.
+      metrics_bytes: size of `metrics.jsonl` then.
+      best, evaluated_step, scores: see `train`; by default those of a run that was never evaluated.
+    """
+    dataset = experiment.dataset
+    return {
+        "format": RUN_FORMAT,
+        "config": config_lib.to_json(experiment.config),
+        "dataset": {
+            "fingerprint": dataset.fingerprint,
+            "train_examples": len(dataset.train),
+            "class_names": list(dataset.class_names),
+            "image_shape": list(experiment.image_shape),
+        },
+        "best": best,
+        "evaluated_step": evaluated_step,
+        "scores": scores or {},
+        "metrics_bytes": metrics_bytes,
+        "versions": versions(),
+        "devices": devices,
+    }
 
 
 def check_same(run: dict, experiment: Experiment, where: Path):
@@ -104,7 +134,7 @@ def check_same(run: dict, experiment: Experiment, where: Path):
     different = checkpoint.differences({"config": stored}, {"config": current})
     fingerprint = experiment.dataset.fingerprint
     if run["dataset"]["fingerprint"] != fingerprint:
-        old, new = run["dataset"]["train_examples"], len(experiment.dataset.train.labels)
+        old, new = run["dataset"]["train_examples"], len(experiment.dataset.train)
         different.append(
             f"dataset: fingerprint {run['dataset']['fingerprint'][:12]} ({old} training examples) in the "
             f"checkpoint, {fingerprint[:12]} ({new}) now"

@@ -4,7 +4,6 @@ On the command line, `--config.teachers.runs=DIR` names the finished run of a te
 each of them. What a student once has in a checkpoint it needs no teacher's run for.
 """
 
-import dataclasses
 import importlib
 import logging
 import operator
@@ -178,9 +177,7 @@ def _load(folder, prediction, index, experiment) -> dict:
 
     # Its variables do not depend on these, and what the student trains on need not suit them.
     settings.batch_size, settings.data.pad = 1, 0
-    teacher = Experiment(
-        settings, dataclasses.replace(dataset, validation=dataset.validation or dataset.test)
-    )
+    teacher = Experiment(settings, dataset)
     prediction = prediction or teacher.method.headline
     known = teacher.method.network_names()
     if prediction not in known:

@@ -15,7 +15,7 @@ from ffl_jax import config as config_lib
 from ffl_jax import parallel as parallel_lib
 from ffl_jax.errors import NonFiniteError, ResourceError
 from ffl_jax.evaluation import Evaluator, Sweep
-from ffl_jax.experiment import RUN_FORMAT, Experiment, check_same, versions
+from ffl_jax.experiment import Experiment, check_same, run_record, versions
 from ffl_jax.progress import Progress
 
 
@@ -31,24 +31,21 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
     parallel.check_batch_size(config.batch_size)
     workdir = Path(workdir).absolute()
     with checkpoint.lock(workdir):
-        new = not checkpoint.exists(workdir / "checkpoints")
-        runs = teachers.prepare(config, workdir, train) if new else []
-        return _Run(config, workdir, parallel, runs).train()
+        return _Run(config, workdir, parallel).train()
 
 
 class _Run:
     """One training in one folder.
 
     Attributes:
-      teachers: the runs that a new run takes its teachers from.
       best: {"step", "epoch", "validation_top1", "predictors"} of the epoch that the validation split prefers;
         None without one.
       evaluated_step: the last step that was evaluated, -1 at first.
       scores: {split: {prediction: scores}} there.
     """
 
-    def __init__(self, config, workdir, parallel, teachers):
-        self.workdir, self.parallel, self.teachers = workdir, parallel, teachers
+    def __init__(self, config, workdir, parallel):
+        self.workdir, self.parallel = workdir, parallel
         self.directory = workdir / "checkpoints"
         self.experiment = Experiment(config, data.load(config.data))
         self.config = self.experiment.config
@@ -62,8 +59,8 @@ class _Run:
     def restore(self):
         """(state, bytes of the log) to continue from: of the newest whole checkpoint, or of a new run."""
         if not checkpoint.exists(self.directory):
-            state = self.experiment.initial_state()
-            return teachers.install(state, self.teachers, self.experiment), 0
+            runs = teachers.prepare(self.config, self.workdir, train)
+            return teachers.install(self.experiment.initial_state(), runs, self.experiment), 0
         step = checkpoint.find(self.directory, quarantine=True)
         run = checkpoint.load_run(self.directory, step)
         check_same(run, self.experiment, self.directory / str(step))
@@ -84,23 +81,9 @@ class _Run:
         ]
         if broken:
             raise self.diverged(step, broken)
-        dataset = self.experiment.dataset
-        run = {
-            "format": RUN_FORMAT,
-            "config": config_lib.to_json(self.config),
-            "dataset": {
-                "fingerprint": dataset.fingerprint,
-                "train_examples": len(dataset.train.labels),
-                "class_names": list(dataset.class_names),
-                "image_shape": list(self.experiment.image_shape),
-            },
-            "best": self.best,
-            "evaluated_step": self.evaluated_step,
-            "scores": self.scores,
-            "metrics_bytes": log.size,
-            "versions": versions(),
-            "devices": self.parallel.num_devices,
-        }
+        run = run_record(
+            self.experiment, self.parallel.num_devices, log.size, self.best, self.evaluated_step, self.scores
+        )
         checkpoints.save(step, host_state, run, replace)
 
     def check_space(self):
@@ -177,7 +160,7 @@ class _Run:
                     writers["best"] = checkpoint.Checkpoints(self.directory / "best", keep=1)
                 for writer in writers.values():
                     stack.enter_context(writer)
-                step = self.loop(self.parallel.replicate(state), step, log, progress, writers)
+                step = self.loop(self.parallel.replicate(state), step, log, progress, writers, stack)
         except NonFiniteError:
             self.write_summary("diverged", progress.step, progress.images_per_second)
             raise
@@ -190,12 +173,13 @@ class _Run:
             raise preemption.stop(step)
         return summary
 
-    def loop(self, state, step, log, progress, writers) -> int:
+    def loop(self, state, step, log, progress, writers, stack) -> int:
         """Trains from `step` to the end, or until a signal; returns the last step, which is being saved."""
         config, dataset, per_epoch = self.config, self.experiment.dataset, self.experiment.steps_per_epoch
         method = self.experiment.method
         views = method.subnetworks.num if method.views else 0
         inputs = data.train_input(dataset.train, config, self.parallel, views)
+        stack.callback(inputs.close)
         train_step, before_epoch = self.training_step(inputs), self.validation_update()
         evaluators = {
             name: Evaluator(method, split, config, self.parallel)
@@ -218,7 +202,6 @@ class _Run:
                 self.save(writers["newest"], step, state, log, replace=saved[0] == step)
                 saved = (step, self.evaluated_step)
             if last or stopping:
-                inputs.close()
                 return step
             if position == 0:
                 state = before_epoch(state)

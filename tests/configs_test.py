@@ -314,6 +314,7 @@ FREE = {
     "data.data_dir": "elsewhere",
     "data.manual_dir": "elsewhere",
     "data.cache_dir": "elsewhere",
+    "data.workers": 3,
 }
 
 

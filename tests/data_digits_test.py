@@ -15,6 +15,10 @@ CONFIG = ml_collections.ConfigDict(
         "cache_dir": "",
         "validation_examples": 0,
         "image_size": 0,
+        "streaming": False,
+        "workers": 0,
+        "crop": "pad",
+        "mean": (),
     }
 )
 

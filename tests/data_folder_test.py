@@ -16,7 +16,8 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 def make_config(root, **settings):
     defaults = {"name": "folder", "data_dir": str(root), "manual_dir": "", "cache_dir": f"{root}_cache"}
-    return ml_collections.ConfigDict(defaults | {"validation_examples": 0, "image_size": 0} | settings)
+    defaults |= {"validation_examples": 0, "image_size": 0, "streaming": False, "workers": 0}
+    return ml_collections.ConfigDict(defaults | {"crop": "pad", "mean": (), "std": ()} | settings)
 
 
 def save(path, colour, size=(6, 4)):
@@ -168,8 +169,8 @@ def damage(root, kind):
         root.mkdir()
         return [str(root), "is empty", "train/<class>"]
     if kind == "no test":
-        (root / "test").rename(root / "val")
-        return [str(root), "no folder test", "val"]
+        (root / "test").rename(root / "testing")
+        return [str(root), "no folder test", "testing"]
     if kind == "no classes":
         shutil.rmtree(root / "test")
         (root / "test").mkdir()

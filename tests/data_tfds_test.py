@@ -1,6 +1,8 @@
 import importlib.util
 import io
 import json
+import pickle
+import shutil
 import sys
 import types
 
@@ -13,12 +15,14 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from ffl_jax import data
+from ffl_jax.data import tfds as tfds_source
 from ffl_jax.errors import DatasetError, ResourceError
 
 
 def make_config(root, **settings):
     defaults = {"name": "made", "data_dir": str(root), "manual_dir": "", "cache_dir": f"{root}/cache"}
-    return ml_collections.ConfigDict(defaults | {"validation_examples": 0, "image_size": 0} | settings)
+    defaults |= {"validation_examples": 0, "image_size": 0, "streaming": False, "workers": 0}
+    return ml_collections.ConfigDict(defaults | {"crop": "pad", "mean": (), "std": ()} | settings)
 
 
 def examples(count, channels=3, size=(5, 4), seed=0):
@@ -27,12 +31,12 @@ def examples(count, channels=3, size=(5, 4), seed=0):
     return rng.integers(0, 256, (count, *size, channels), np.uint8), np.arange(count) % 3
 
 
-def write_records(path, images, labels):
+def write_records(path, images, labels, encoding="PNG"):
     """One shard, as TFDS writes it, with one feature more than is read."""
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     for image, label in zip(images, labels, strict=True):
         buffer = io.BytesIO()
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "PNG")
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, encoding)
         example = tf_example_pb2.Example()
         example.features.feature["image"].bytes_list.value.append(buffer.getvalue())
         example.features.feature["label"].int64_list.value.append(int(label))
@@ -49,7 +53,13 @@ FEATURES = {
 
 
 def write_dataset(
-    folder, splits, features=FEATURES, supervised=True, file_format="array_record", name="made"
+    folder,
+    splits,
+    features=FEATURES,
+    supervised=True,
+    file_format="array_record",
+    name="made",
+    encoding="PNG",
 ):
     """Writes a prepared dataset; splits is {name: [(images, labels) of each shard]}."""
     folder.mkdir(parents=True)
@@ -62,7 +72,7 @@ def write_dataset(
     for split, shards in splits.items():
         for i, (images, labels) in enumerate(shards):
             path = folder / f"{name}-{split}.{file_format}-{i:05}-of-{len(shards):05}"
-            write_records(path, images, labels)
+            write_records(path, images, labels, encoding)
         info["splits"].append(
             {
                 "name": split,
@@ -114,6 +124,80 @@ def test_grey_images_become_three_equal_channels(tmp_path):
 def test_validation_stands_in_for_test_and_features_are_found_by_type(tmp_path):
     write_dataset(tmp_path / "made/1.0.0", three_shards(test="validation"), supervised=False)
     np.testing.assert_array_equal(data.load(make_config(tmp_path)).test.images, examples(5, seed=3)[0])
+
+
+def test_validation_stands_in_for_a_test_split_without_labels(tmp_path):
+    """As in imagenet2012, whose test labels are -1."""
+    splits = three_shards(test="validation") | {"test": [(examples(5, seed=4)[0], np.full(5, -1))]}
+    write_dataset(tmp_path / "made/1.0.0", splits)
+    dataset = data.load(make_config(tmp_path))
+    np.testing.assert_array_equal(dataset.test.images, examples(5, seed=3)[0])
+    np.testing.assert_array_equal(dataset.test.labels, [0, 1, 2, 0, 1])
+
+
+def make_streaming_config(root):
+    return make_config(root, streaming=True, image_size=4, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def test_streamed_records_are_read_where_they_are(tmp_path, monkeypatch):
+    """In any order, from another process too, and nothing is decoded or cached to know of them."""
+    splits = three_shards()
+    folder = write_dataset(tmp_path / "made/1.0.0", splits)
+    monkeypatch.setattr(data.base, "decode_image", None)
+    dataset = data.load(make_streaming_config(tmp_path))
+    assert not (tmp_path / "cache").exists()
+    assert (len(dataset.train), len(dataset.test)) == (307, 5)
+    assert dataset.train.image_shape == (4, 4, 3)
+    assert dataset.class_names == ("ant", "bee", "cat")
+    images = np.concatenate([images for images, _ in splits["train"]])
+    labels = np.concatenate([labels for _, labels in splits["train"]])
+    records = pickle.loads(pickle.dumps(dataset.train.records))
+    places = [306, 0, 299, 300, 5]
+    for place, (where, encoded, label) in zip(places, records.read(places), strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), images[place])
+        assert label == labels[place]
+        shard, record = divmod(place, 300)
+        assert where == f"Record {record} of {folder}/made-train.array_record-{shard:05}-of-00002"
+
+
+def test_streamed_fingerprint(tmp_path):
+    """Files' names, sizes and numbers of records count, the folder that they are in does not."""
+    folder = write_dataset(tmp_path / "made/1.0.0", three_shards())
+    first = data.load(make_streaming_config(tmp_path)).fingerprint
+    shutil.copytree(tmp_path / "made", tmp_path / "elsewhere/made")
+    assert data.load(make_streaming_config(tmp_path / "elsewhere")).fingerprint == first
+    write_records(folder / "made-test.array_record-00000-of-00001", *examples(5, size=(200, 200)))
+    assert data.load(make_streaming_config(tmp_path)).fingerprint != first
+
+
+@pytest.mark.parametrize("kind", ["byte", "records missing", "not an image", "label"])
+def test_streamed_damage_is_named(tmp_path, kind):
+    words = damage(write_dataset(tmp_path / "made/1.0.0", three_shards()), kind)
+
+    def read():
+        records = data.load(make_streaming_config(tmp_path)).train.records
+        for where, encoded, _ in records.read(range(300)):
+            with data.base.damage_named(where, encoded, records.remedy):
+                data.base.decode_image(encoded)
+
+    with pytest.raises(DatasetError) as caught:
+        read()
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == [], message
+    assert "\n" not in message
+
+
+def test_limit_of_open_files(monkeypatch):
+    """As many shards as ImageNet has, and 512 for the rest: lifted where that is allowed."""
+    limits = []
+    monkeypatch.setattr(tfds_source.resource, "getrlimit", lambda kind: (1024, 4096))
+    monkeypatch.setattr(tfds_source.resource, "setrlimit", lambda kind, limit: limits.append(limit))
+    tfds_source._allow_open_files(500)
+    assert not limits
+    tfds_source._allow_open_files(1024)
+    assert limits == [(1536, 4096)]
+    with pytest.raises(ResourceError, match=r"4000 files must be open .* 4096: raise `ulimit -n`"):
+        tfds_source._allow_open_files(4000)
 
 
 def test_decoded_once(tmp_path, monkeypatch):
@@ -176,7 +260,7 @@ def damage(folder, kind):
         return ["made", str(folder.parent.parent), "damaged"]
     if kind == "label":
         write_records(shard, examples(300)[0], np.full(300, 3))
-        return ["label 3 at index 0 of train", "0 .. 2"]
+        return [f"Record 0 of {shard} has label 3", "0 .. 2"]
     raise ValueError(kind)
 
 

@@ -186,18 +186,36 @@ def test_all_seeds_differ():
     assert all(seed % 1000 == 7 for seed in seeds)
 
 
-def test_epochs_of_teachers():
-    config = digits.get_config("method=kd,epochs=300")
+def test_what_a_teacher_is_trained_with():
+    """The student's settings, but for those that are about the student alone."""
+    config = digits.get_config("method=feed,epochs=300")
     config.optimizer.update({"schedule": "step", "decay_epochs": (150, 225), "warmup_epochs": 0.5})
-    config.optimizer_rules = (("loss/.*", {"weight_decay": 0.0}),)
-    config.subnetworks.shared_stages = 2
-    same = teachers.teacher_config(config, 0)
-    assert same.epochs == 300
-    assert same.optimizer == config.optimizer
-    config_lib.check(same)
+    config.optimizer_rules = (("loss/translators_.*", {"weight_decay": 0.0}),)
+    config.subnetworks.update({"num": 2, "shared_stages": 2})
+    config.teachers.update({"network": "resnet14+resnet8+resnet8", "runs": ("a", "b", "c")})
+    for epochs in (0, 300):
+        config.teachers.epochs = epochs
+        plain = teachers.teacher_config(config, 0)
+        config_lib.check(plain)
+        assert plain.epochs == 300
+        assert plain.optimizer == config.optimizer
+        assert plain.optimizer_rules == ()
+        assert (plain.method.name, plain.subnetworks.network, plain.subnetworks.num) == (
+            "independent",
+            "resnet14",
+            1,
+        )
     config.teachers.epochs = 200
     shorter = teachers.teacher_config(config, 0)
     assert (shorter.epochs, tuple(shorter.optimizer.decay_epochs)) == (200, (100, 150))
+    config.teachers.generations = 2
+    student = teachers.teacher_config(config, 1)
+    config_lib.check(student)
+    assert student.method == config.method
+    assert student.optimizer_rules == config.optimizer_rules
+    # A generation less, from runs of its own.
+    expected = config.teachers.to_dict() | {"generations": 1, "runs": ()}
+    assert student.teachers.to_dict() == expected
 
 
 # -- found ---------------------------------------------------------------------------------------------------

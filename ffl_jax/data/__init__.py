@@ -2,13 +2,15 @@
 
 import numpy as np
 
-from ffl_jax.data import base, resident, tfds
+from ffl_jax.data import base, crops, tfds
+from ffl_jax.data import cinic10 as cinic10
 from ffl_jax.data import digits as digits
 from ffl_jax.data import folder as folder
-from ffl_jax.data.base import Dataset, Split
+from ffl_jax.data import tiny_imagenet as tiny_imagenet
+from ffl_jax.data.base import Dataset, Split, StreamedSplit
 from ffl_jax.errors import ConfigError, DatasetError
 
-__all__ = ["Dataset", "Split", "eval_input", "load", "train_input"]
+__all__ = ["Dataset", "Split", "StreamedSplit", "eval_input", "load", "train_input"]
 
 
 def load(config) -> Dataset:
@@ -16,38 +18,44 @@ def load(config) -> Dataset:
 
     Args:
       config: the `data` section: `name`; `data_dir`, `manual_dir` and `cache_dir` (empty: the usual places);
-        `validation_examples` to set aside from the training split; `image_size` in pixels (0: as stored).
+        `validation_examples` to set aside from the training split; `image_size` in pixels (0: as stored);
+        `streaming` to leave images where they are until they are needed.
 
     Raises:
       ConfigError: a setting is out of its domain, or there is no dataset of that name.
       DatasetError: the data is missing, damaged, or does not fit the settings.
     """
-    for key in ("validation_examples", "image_size"):
-        if config[key] < 0:
-            raise ConfigError(f"config.data.{key} must be 0 or more, got {config[key]}.")
+    _check_settings(config)
     source = base.SOURCES.get(config.name, tfds.load)
     train, test, class_names = source(config)
     if len(class_names) < 2:
         raise DatasetError(
             f"{config.name} has {len(class_names)} class ({', '.join(class_names)}); 2 or more are needed."
         )
-    train, test = (
-        _checked(config.name, role, split, len(class_names))
-        for role, split in (("train", train), ("test", test))
-    )
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise DatasetError(
-            f"{config.name}: train images have shape {train.images.shape[1:]}, test images "
-            f"{test.images.shape[1:]}; set config.data.image_size to bring all to one size."
+    if not config.streaming:
+        train, test = (
+            _checked(config.name, role, split, len(class_names))
+            for role, split in (("train", train), ("test", test))
         )
-    fingerprint = base.digest(
-        train.images, train.labels, test.images, test.labels, *class_names, str(config.validation_examples)
-    )
+        if train.image_shape != test.image_shape:
+            raise DatasetError(
+                f"{config.name}: train images have shape {train.image_shape}, test images "
+                f"{test.image_shape}; set config.data.image_size to bring all to one size."
+            )
+        content = train.images, train.labels, test.images, test.labels
+    elif isinstance(train, StreamedSplit):
+        content = train.records.identity, test.records.identity
+    else:
+        raise ConfigError(
+            f"{config.name} is always held in memory: set config.data.streaming=False and "
+            "config.data.crop=pad, or choose another dataset."
+        )
+    fingerprint = base.digest(*content, *class_names, str(config.validation_examples))
     train, validation = _carve(config, train)
     return Dataset(config.name, train, test, class_names, fingerprint, validation)
 
 
-def train_input(split: Split, config, parallel, views: int = 0):
+def train_input(split: Split | StreamedSplit, config, parallel, views: int = 0):
     """What feeds the training step with a split.
 
     Args:
@@ -63,15 +71,43 @@ def train_input(split: Split, config, parallel, views: int = 0):
       over the devices rather than replicated; `close()`. What it gives is a pure function of the
       configuration's seed, the epoch and the position.
     """
-    return resident.TrainInput(split, config, parallel, views)
+    return _inputs(split).TrainInput(split, config, parallel, views)
 
 
-def eval_input(split: Split, config, parallel):
+def eval_input(split: Split | StreamedSplit, config, parallel):
     """What feeds evaluation with a split: `batches()` gives every example once.
 
     `batch(arrays)`, inside the compiled program, gives `image`, `label` and `weight`, which is 0 for padding.
     """
-    return resident.EvalInput(split, config, parallel)
+    return _inputs(split).EvalInput(split, config, parallel)
+
+
+def _inputs(split: Split | StreamedSplit):
+    from ffl_jax.data import resident, streaming  # here, so that data can be looked at without JAX
+
+    return streaming if isinstance(split, StreamedSplit) else resident
+
+
+def _check_settings(config):
+    for key in ("validation_examples", "image_size", "workers"):
+        if config[key] < 0:
+            raise ConfigError(f"config.data.{key} must be 0 or more, got {config[key]}.")
+    if config.crop not in crops.CROPS:
+        raise ConfigError(f"config.data.crop must be one of {', '.join(crops.CROPS)}, got {config.crop!r}.")
+    if not config.streaming and config.crop != "pad":
+        raise ConfigError(
+            f"config.data.crop={config.crop} cuts each image at its own size, which only streaming does: set "
+            "config.data.streaming=True, or config.data.crop=pad."
+        )
+    if config.streaming and not config.image_size:
+        raise ConfigError(
+            "config.data.streaming brings images to one size: set config.data.image_size, in pixels, now 0."
+        )
+    if config.streaming and not config.mean:
+        raise ConfigError(
+            "config.data.streaming does not compute the channels' mean and std: set config.data.mean and "
+            "config.data.std, (0.485,0.456,0.406) and (0.229,0.224,0.225) for photographs."
+        )
 
 
 def _checked(name: str, role: str, split: Split, num_classes: int) -> Split:
@@ -98,9 +134,9 @@ def _checked(name: str, role: str, split: Split, num_classes: int) -> Split:
     return Split(images, labels.astype(np.int32))
 
 
-def _carve(config, train: Split) -> tuple[Split, Split | None]:
+def _carve(config, train):
     """Sets validation examples aside: the same ones for every seed, so that runs compare."""
-    count, total = config.validation_examples, len(train.labels)
+    count, total = config.validation_examples, len(train)
     if not count:
         return train, None
     if count >= total:
@@ -110,6 +146,4 @@ def _carve(config, train: Split) -> tuple[Split, Split | None]:
         )
     chosen = np.zeros(total, bool)
     chosen[np.random.default_rng(0).permutation(total)[:count]] = True
-    return Split(train.images[~chosen], train.labels[~chosen]), Split(
-        train.images[chosen], train.labels[chosen]
-    )
+    return train.take(~chosen), train.take(chosen)

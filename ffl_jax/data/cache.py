@@ -13,7 +13,7 @@ import numpy as np
 from ffl_jax.data import base
 
 Arrays = dict[str, np.ndarray]
-_VERSION = "1"  # Part of every key: raise it when decoding changes, so that older files are not read.
+_VERSION = "2"  # Part of every key: raise it when decoding changes, so that older files are not read.
 
 
 def directory(cache_dir: str) -> pathlib.Path:

@@ -1,108 +1,145 @@
 """Image folders: `train/<class>/*` and `test/<class>/*`, PNG or JPEG files, any depth inside a class."""
 
+import concurrent.futures
+import contextlib
 import os
 import pathlib
 
 import numpy as np
+import tqdm
 
-from ffl_jax.data import base, cache
+from ffl_jax.data import base, records
 from ffl_jax.errors import DatasetError
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg")
-_LAYOUT = "it must hold train/<class>/* and test/<class>/* with PNG or JPEG files"
+_LAYOUT = "it must hold train/<class>/* and test/<class>/* (or val/<class>/*) with PNG or JPEG files"
+# Listing a folder waits for the disk or the network, hardly for the processor.
+_LISTING_THREADS = 16
 
 
 @base.SOURCES.register("folder")
-def load(config) -> tuple[base.Split, base.Split, tuple[str, ...]]:
+def load(config):
     """Reads `config.data_dir`; class names are the folder names, sorted, and files are sorted within a class.
 
-    Hidden files and folders and files with other extensions are left out.
+    The test split is `test`, or `val` in trees without one. Hidden files and folders and files with other
+    extensions are left out.
     """
+    top = root(config, "your images", _LAYOUT)
+    test = "val" if (top / "val").exists() and not (top / "test").exists() else "test"
+    return load_tree(config, top, test, _LAYOUT)
+
+
+def root(config, title: str, layout: str) -> pathlib.Path:
+    """The folder `config.data_dir` of `title`, for sources that hold files as `layout` says."""
     if not config.data_dir:
-        raise DatasetError(f"config.data.data_dir is not set: give the folder of your images; {_LAYOUT}.")
-    root = pathlib.Path(config.data_dir).expanduser().absolute()
+        raise DatasetError(f"config.data.data_dir is not set: give the folder of {title}; {layout}.")
+    top = pathlib.Path(config.data_dir).expanduser().absolute()
+    if not top.exists():
+        raise DatasetError(f"config.data.data_dir {top} does not exist; {layout}.")
+    if not top.is_dir():
+        raise DatasetError(f"config.data.data_dir {top} is a file, not a folder; {layout}.")
+    return top
+
+
+def load_tree(config, top: pathlib.Path, test: str, layout: str):
+    """(train split, test split, class names) of `top/train/<class>/*` and `top/TEST/<class>/*`."""
+    names = {split: class_folders(top, split, layout) for split in ("train", test)}
+    listed = list_files(top, [f"{split}/{name}" for split in names for name in names[split]])
+    train, held_out = names.values()
+    if train != held_out:
+        parts = [(sorted(set(train) - set(held_out)), "only in train")]
+        parts += [(sorted(set(held_out) - set(train)), f"only in {test}")]
+        differences = "; ".join(f"{where}: {some(names)}" for names, where in parts if names)
+        raise DatasetError(
+            f"{top} has different classes in train and {test}, {differences}; make them agree."
+        )
+    files, states = {}, []
+    for split in names:
+        classes = [listed[f"{split}/{name}"] for name in names[split]]
+        listing = join(classes)
+        labels = np.repeat(np.arange(len(classes)), [len(one.paths) for one in classes])
+        files["train" if split == "train" else "test"] = records.Files(top, listing, labels)
+        states.append(state(listing))
+    return *records.splits(config, config.name, "".join(states), files), tuple(train)
+
+
+@contextlib.contextmanager
+def readable(top: pathlib.Path):
+    """Turns what the system refuses inside into a DatasetError."""
     try:
-        files = {split: _find(root, split) for split in ("train", "test")}
-        class_names = _class_names(root, files)
-        paths = {split: [path for name in class_names for path in files[split][name]] for split in files}
-        states = [f"{path}\0{cache.file_state(path)}\0" for split in files for path in paths[split]]
+        yield
     except OSError as error:
         raise DatasetError(
-            f"Cannot read {error.filename or root}: {error.strerror}; check the folder."
+            f"Cannot read {error.filename or top}: {error.strerror}; check the folder."
         ) from error
 
-    def build() -> cache.Arrays:
-        return {split: _decode(paths[split], config.image_size, f"Decoding {split}") for split in files}
 
-    # Full paths, so that two trees whose files agree in size and time are never taken for one another.
-    images = cache.cached("folder", f"{config.image_size}\0{''.join(states)}", config.cache_dir, build)
-    splits = {}
-    for split in files:
-        counts = [len(files[split][name]) for name in class_names]
-        splits[split] = base.Split(images[split], np.repeat(np.arange(len(counts)), counts))
-    return splits["train"], splits["test"], class_names
-
-
-def _find(root: pathlib.Path, split: str) -> dict[str, list[str]]:
-    """Returns {class: sorted paths of its image files}."""
-    if not root.exists():
-        raise DatasetError(f"config.data.data_dir {root} does not exist; {_LAYOUT}.")
-    if not root.is_dir():
-        raise DatasetError(f"config.data.data_dir {root} is a file, not a folder; {_LAYOUT}.")
-    if not (root / split).is_dir():
-        found = sorted(os.listdir(root))
-        held = "is empty" if not found else f"has no folder {split}, only {_some(found)}"
-        raise DatasetError(f"config.data.data_dir {root} {held}; {_LAYOUT}.")
-    with os.scandir(root / split) as entries:
-        classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+def class_folders(top: pathlib.Path, split: str, layout: str) -> list[str]:
+    """Names of the folders in `top/split`, sorted."""
+    with readable(top):
+        if not (top / split).is_dir():
+            found = sorted(os.listdir(top))
+            held = "is empty" if not found else f"has no folder {split}, only {some(found)}"
+            raise DatasetError(f"config.data.data_dir {top} {held}; {layout}.")
+        with os.scandir(top / split) as entries:
+            classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not classes:
-        raise DatasetError(f"{root / split} has no class folders; {_LAYOUT}.")
-    return {name: _images(root / split / name) for name in classes}
+        raise DatasetError(f"{top / split} has no class folders; {layout}.")
+    return classes
 
 
-def _images(top: pathlib.Path) -> list[str]:
+def list_files(top: pathlib.Path, folders: list[str]) -> dict[str, records.Listing]:
+    """Lists the image files of each folder below `top`; none may be without one."""
+    with readable(top), concurrent.futures.ThreadPoolExecutor(_LISTING_THREADS) as executor:
+        listings = executor.map(lambda folder: _list(top / folder), folders)
+        bar = tqdm.tqdm(
+            listings, "Listing files", len(folders), unit="folder", delay=1, leave=False, disable=None
+        )
+        found = dict(zip(folders, bar, strict=True))
+    empty = [folder for folder, listing in found.items() if not listing.paths]
+    if empty:
+        raise DatasetError(
+            f"{top} has class folders without a PNG or JPEG file: {some(empty)}; fill or remove them."
+        )
+    return found
+
+
+def join(listings: list[records.Listing]) -> records.Listing:
+    """One listing after the other."""
+    paths = [path for listing in listings for path in listing.paths]
+    return records.Listing(paths, np.concatenate([listing.states for listing in listings]))
+
+
+def state(listing: records.Listing) -> str:
+    """What decoded images of these files depend on.
+
+    Full paths, so that two trees whose files agree in size and time are never taken for one another. The
+    change time cannot be set by hand: a restored old time is seen, too.
+    """
+    return "".join(
+        f"{path}\0{row}\0" for path, row in zip(listing.paths, listing.states.tolist(), strict=True)
+    )
+
+
+def some(names: list[str]) -> str:
+    """The first names, and how many more there are: errors stay on one line."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _list(folder: pathlib.Path) -> records.Listing:
     def fail(error: OSError):
         raise error  # os.walk would leave an unreadable folder out without a word.
 
     paths, visited = [], set()
-    for folder, subfolders, names in os.walk(top, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
+    for here, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(here)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         if real in visited:  # a link back to a folder above
             subfolders.clear()
             continue
         visited.add(real)
         wanted = (n for n in names if n.lower().endswith(_EXTENSIONS) and not n.startswith("."))
-        paths += [os.path.join(folder, name) for name in wanted]
-    return sorted(paths)
-
-
-def _class_names(root: pathlib.Path, files: dict[str, dict[str, list[str]]]) -> tuple[str, ...]:
-    empty = [f"{split}/{name}" for split in files for name, paths in files[split].items() if not paths]
-    if empty:
-        raise DatasetError(
-            f"{root} has class folders without a PNG or JPEG file: {_some(empty)}; fill or remove them."
-        )
-    train, test = (set(files[split]) for split in ("train", "test"))
-    if train != test:
-        parts = [(train - test, "only in train"), (test - train, "only in test")]
-        differences = "; ".join(f"{where}: {_some(sorted(names))}" for names, where in parts if names)
-        raise DatasetError(f"{root} has different classes in train and test, {differences}; make them agree.")
-    return tuple(sorted(train))
-
-
-def _decode(paths: list[str], image_size: int, title: str) -> np.ndarray:
-    def read(chunk: range):
-        for position in chunk:
-            path = paths[position]
-            try:
-                yield path, pathlib.Path(path).read_bytes()
-            except OSError as error:
-                raise DatasetError(f"Cannot read {path}: {error.strerror}; restore or remove it.") from error
-
-    return base.decode_all(read, len(paths), image_size, title, "replace or remove the file")
-
-
-def _some(names: list[str]) -> str:
-    """The first names, and how many more there are: errors stay on one line."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        paths += [os.path.join(here, name) for name in wanted]
+    paths.sort()
+    states = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, paths)]
+    return records.Listing(paths, np.array(states, np.int64).reshape(-1, 3))

@@ -42,6 +42,20 @@ def train_batch(
     Args:
       images, labels: the whole training split, uint8 [N, H, W, 3] and int32 [N].
       indices: [B], the examples to take.
+      seed, epoch, settings, views: see `augmented`.
+    """
+    image = augmented(images[indices], indices, seed, epoch, settings, views)
+    return {"image": image, "label": labels[indices]}
+
+
+def augmented(
+    images: jax.Array, indices: jax.Array, seed: int, epoch: jax.Array, settings, views: int = 0
+) -> jax.Array:
+    """Padded, cropped, flipped, normalised images: [B, H, W, 3], or [views, B, H, W, 3].
+
+    Args:
+      images: uint8 [B, H, W, 3].
+      indices: [B], their places in the training split.
       seed, epoch: with the example's index they fix its augmentation, whatever device or position it has.
       settings: the `data` section of the configuration: `pad`, `pad_mode`, `flip`, `mean`, `std`.
       views: how many augmentations of each image to make, independent of one another; 0 for one without the
@@ -50,18 +64,15 @@ def train_batch(
     # Away from the key of the order itself, which the same epoch folds in.
     epoch_key = jax.random.fold_in(jax.random.fold_in(_data_key(seed), epoch), 1)
     keys = jax.vmap(lambda index: jax.random.fold_in(epoch_key, index))(indices)
-    chosen = images[indices]
 
     def view(keys):
-        batch = augment.pad_crop_flip(chosen, keys, settings.pad, settings.flip, settings.pad_mode)
+        batch = augment.pad_crop_flip(images, keys, settings.pad, settings.flip, settings.pad_mode)
         return augment.normalize(batch, settings.mean, settings.std)
 
-    if views:
-        fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-        image = jnp.stack([view(fold(keys, index)) for index in range(views)])
-    else:
-        image = view(keys)
-    return {"image": image, "label": labels[indices]}
+    if not views:
+        return view(keys)
+    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    return jnp.stack([view(fold(keys, index)) for index in range(views)])
 
 
 def eval_batches(num_examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -91,10 +102,10 @@ class TrainInput:
         self._settings, self._seed, self._views = config.data, config.seed, views
         self._parallel = parallel
         self._examples = parallel.replicate((split.images, split.labels))
-        self.steps_per_epoch = steps_per_epoch(len(split.labels), config.batch_size)
+        self.steps_per_epoch = steps_per_epoch(len(split), config.batch_size)
 
         def order(epoch):
-            return epoch_order(config.seed, epoch, len(split.labels), config.batch_size)
+            return epoch_order(config.seed, epoch, len(split), config.batch_size)
 
         self._order = parallel.map(order)
 
@@ -121,8 +132,8 @@ class EvalInput:
     def __init__(self, split, config, parallel):
         self._settings = config.data
         devices = parallel.num_devices
-        batch_size = min(config.evaluation.batch_size, len(split.labels))
-        indices, weights = eval_batches(len(split.labels), -(-batch_size // devices) * devices)
+        batch_size = min(config.evaluation.batch_size, len(split))
+        indices, weights = eval_batches(len(split), -(-batch_size // devices) * devices)
         self._chosen = [parallel.replicate(batch) for batch in zip(indices, weights, strict=True)]
         self._examples = parallel.replicate((split.images, split.labels))
 

@@ -6,55 +6,142 @@ Only preparing a dataset (download, check, convert to ArrayRecord) needs TensorF
 import contextlib
 import difflib
 import errno
+import functools
 import importlib.util
 import logging
 import os
 import pathlib
 import re
+import resource
 
 import numpy as np
 from absl import logging as absl_logging
 
 from ffl_jax.data import base, cache
+from ffl_jax.data import records as records_lib
 from ffl_jax.errors import ConfigError, DatasetError, ResourceError
 
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:[\d.*]+)?")
 _INSTALL = "run `pip install tensorflow` (or `pip install -e '.[prepare]'`) and the same command again"
 
 
-def load(config) -> tuple[base.Split, base.Split, tuple[str, ...]]:
+def load(config):
     """Reads `config.name` (`name`, `name/config` or `name/config:version`), and prepares it first if need be.
 
-    The test split is `test`, or `validation` for datasets without one.
+    The test split is `test`, or `validation` for datasets without one and where `test` has no labels.
     """
     builder = _builder(config)
     if not (pathlib.Path(builder.data_dir) / "dataset_info.json").exists():
         _prepare(builder, config)
         builder = _builder(config)
     image_key, label_key = _keys(config.name, builder.info)
-    splits = {"train": "train", "test": "test" if "test" in builder.info.splits else "validation"}
-    for split in splits.values():
-        if split not in builder.info.splits or not builder.info.splits[split].num_examples:
+    candidates = {"train": ("train",), "test": ("test", "validation")}
+    records, sources = {}, [f"{builder.info.full_name}\0{image_key}\0{label_key}"]
+    for role, names in candidates.items():
+        filled = [name for name in names if _num_examples(builder, name)]
+        if not filled:
             raise DatasetError(
                 f"{config.name} needs a split train and a split test or validation, and has only "
                 f"{', '.join(builder.info.splits) or 'none'}; choose another dataset."
             )
-    _check_files(builder, splits.values())
+        for name in filled:
+            _check_files(builder, name)
+            records[role] = Records(builder, name, image_key, label_key)
+            if records[role].labelled():
+                break
+        paths = [os.fspath(path) for path in builder.info.splits[name].filepaths]
+        sources += [f"{path}\0{cache.file_state(path)}\0" for path in paths]
+    splits = records_lib.splits(config, builder.info.full_name, "".join(sources), records)
+    return *splits, tuple(builder.info.features[label_key].names)
 
-    def build() -> cache.Arrays:
-        arrays = {}
-        for role, split in splits.items():
-            arrays[f"{role}_images"], arrays[f"{role}_labels"] = _decode(
-                builder, split, image_key, label_key, config.image_size
-            )
-        return arrays
 
-    files = [os.fspath(path) for split in splits.values() for path in builder.info.splits[split].filepaths]
-    states = [f"{path}\0{cache.file_state(path)}\0" for path in files]
-    source = f"{builder.info.full_name}\0{image_key}\0{label_key}\0{config.image_size}\0{''.join(states)}"
-    arrays = cache.cached(builder.info.full_name, source, config.cache_dir, build)
-    train, test = (base.Split(arrays[f"{role}_images"], arrays[f"{role}_labels"]) for role in splits)
-    return train, test, tuple(builder.info.features[label_key].names)
+def _num_examples(builder, split: str) -> int:
+    return builder.info.splits[split].num_examples if split in builder.info.splits else 0
+
+
+class Records(base.Records):
+    """The ArrayRecord files of one split, which TFDS wrote."""
+
+    def __init__(self, builder, split: str, image_key: str, label_key: str):
+        info = builder.info.splits[split]
+        self._keys, self._num_classes = (image_key, label_key), builder.info.features[label_key].num_classes
+        self._paths = [os.fspath(path) for path in info.filepaths]
+        self._starts = np.cumsum([0, *info.shard_lengths])
+        self.remedy = f"run `rm -r {builder.data_dir}` and the same command again"
+        names = [os.path.basename(path) for path in self._paths]
+        # TFDS's count of bytes as well: the files grow by 64 KiB at a time.
+        sizes = np.array([info.num_bytes, *map(os.path.getsize, self._paths)])
+        self.identity = base.digest(builder.info.full_name, *self._keys, *names, sizes, self._starts)
+
+    def __len__(self):
+        return int(self._starts[-1])
+
+    def __getstate__(self):  # another process opens the files itself
+        return {name: value for name, value in self.__dict__.items() if name != "_files"}
+
+    def labelled(self) -> bool:
+        """Whether the first record has a label: those of imagenet2012's test split are -1."""
+        return self._parse(0, self._fetch([0])[0])[1] != -1
+
+    def read(self, positions):
+        for position, record in zip(positions, self._fetch(positions), strict=True):
+            encoded, label = self._parse(position, record)
+            if not 0 <= label < self._num_classes:
+                raise DatasetError(
+                    f"{self._where(position)} has label {label}, outside 0 .. {self._num_classes - 1}; "
+                    "correct the dataset."
+                )
+            yield self._where(position), encoded, label
+
+    def _where(self, position: int) -> str:
+        shard = np.searchsorted(self._starts, position, side="right") - 1
+        return f"Record {position - self._starts[shard]} of {self._paths[shard]}"
+
+    def _parse(self, position: int, record: bytes) -> tuple[bytes, int]:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        try:
+            # Of all features only these two are looked at; the image stays encoded.
+            image, label = (tf_example_pb2.Example.FromString(record).features.feature[k] for k in self._keys)
+            return image.bytes_list.value[0], label.int64_list.value[0]
+        except Exception as error:
+            raise DatasetError(f"{self._where(position)} has no image or label; {self.remedy}.") from error
+
+    def _fetch(self, positions) -> list[bytes]:
+        try:
+            return self._files.__getitems__(list(positions))
+        except ResourceError:
+            raise
+        except Exception as error:
+            if len(positions) > 1:  # Read one by one, to name the first damaged record.
+                return [self._fetch([position])[0] for position in positions]
+            raise DatasetError(
+                f"{self._where(positions[0])} is damaged: {_line(error)} To repair, {self.remedy}."
+            ) from error
+
+    @functools.cached_property
+    def _files(self):
+        from array_record.python import array_record_data_source
+
+        _allow_open_files(len(self._paths))
+        # With their lengths given, the files are opened only when they are read.
+        lengths = np.diff(self._starts)
+        return array_record_data_source.ArrayRecordDataSource(
+            [f"{path}[0:{length}]" for path, length in zip(self._paths, lengths, strict=True)]
+        )
+
+
+def _allow_open_files(count: int):
+    """Lifts this process's limit on open files as far as it may where `count` more would pass it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 512  # beside them: libraries, checkpoints, the event file, pipes
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ResourceError(
+            f"{count} files must be open at once, but the system allows this process {hard}: raise "
+            f"`ulimit -n` to {needed}."
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _builder(config):
@@ -191,7 +278,7 @@ def _keys(name: str, info) -> tuple[str, str]:
     return keys[0], keys[1]
 
 
-def _check_files(builder, splits):
+def _check_files(builder, split: str):
     import tensorflow_datasets as tfds
 
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
@@ -201,52 +288,12 @@ def _check_files(builder, splits):
             f"config.data.data_dir; then {_INSTALL}."
         )
     builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
-    missing = [path for split in splits for path in builder.info.splits[split].filepaths if not path.exists()]
+    missing = [path for path in builder.info.splits[split].filepaths if not path.exists()]
     if missing:
         raise DatasetError(
             f"{builder.data_dir} is half-prepared, {missing[0].name} is missing: run "
             f"`rm -r {builder.data_dir}` and the same command again."
         )
-
-
-def _decode(builder, split: str, image_key: str, label_key: str, image_size: int):
-    import tensorflow_datasets as tfds
-
-    info = builder.info.splits[split]
-    remedy = f"run `rm -r {builder.data_dir}` and the same command again"
-    starts = np.cumsum([0, *info.shard_lengths])
-    labels = np.empty(info.num_examples, np.int64)
-    records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    # Of all features only these two are parsed; the image stays encoded.
-    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in (image_key, label_key)})
-    decoders = {image_key: tfds.decode.SkipDecoding()}
-
-    def where(position: int) -> str:
-        shard = np.searchsorted(starts, position, side="right") - 1
-        return f"Record {position - starts[shard]} of {info.filepaths[shard]}"
-
-    def fetch(positions: range) -> list[bytes]:
-        try:
-            return records.__getitems__(list(positions))
-        except Exception as error:
-            if len(positions) > 1:  # Read one by one, to name the first damaged record.
-                return [fetch(range(position, position + 1))[0] for position in positions]
-            raise DatasetError(
-                f"{where(positions[0])} is damaged: {_line(error)} To repair, {remedy}."
-            ) from error
-
-    def read(positions: range):
-        for position, record in zip(positions, fetch(positions), strict=True):
-            try:
-                example = features.deserialize_example_np(record, decoders=decoders)
-                labels[position] = example[label_key]
-                encoded = bytes(example[image_key])
-            except Exception as error:
-                raise DatasetError(f"{where(position)} has no image or label; {remedy}.") from error
-            yield where(position), encoded
-
-    images = base.decode_all(read, info.num_examples, image_size, f"Decoding {builder.name} {split}", remedy)
-    return images, labels
 
 
 def _line(error: Exception) -> str:

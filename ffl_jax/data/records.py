@@ -1,0 +1,75 @@
+"""From encoded images to splits: decoded once into memory, or left where they are, to be streamed."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ffl_jax.data import base, cache
+from ffl_jax.errors import DatasetError
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """Image files: their paths, sorted, and int64 [N, 3], their size, modification and change time (ns)."""
+
+    paths: list[str]
+    states: np.ndarray
+
+
+class Files(base.Records):
+    """One image a file."""
+
+    remedy = "replace or remove the file"
+
+    def __init__(self, root: str | os.PathLike, listing: Listing, labels: Sequence[int]):
+        """Args: root: a folder above all files; the identity does not know it. labels: of the files."""
+        self._root, self._labels = os.fspath(root), np.asarray(labels, np.int32)
+        names = [os.fsencode(os.path.relpath(path, root)) for path in listing.paths]
+        # A million str objects would take 100 MB, in every worker process again.
+        self._names = np.frombuffer(b"".join(names), np.uint8)
+        self._ends = np.cumsum([0, *map(len, names)])
+        self.identity = base.digest(self._names, self._ends, listing.states[:, 0], self._labels)
+
+    def __len__(self):
+        return len(self._labels)
+
+    def read(self, positions):
+        for position in positions:
+            begin, end = self._ends[position : position + 2]
+            path = os.path.join(self._root, os.fsdecode(self._names[begin:end].tobytes()))
+            try:
+                encoded = pathlib.Path(path).read_bytes()
+            except OSError as error:
+                raise DatasetError(f"Cannot read {path}: {error.strerror}; restore or remove it.") from error
+            yield path, encoded, int(self._labels[position])
+
+
+def splits(
+    config, name: str, source: str, records: Mapping[str, base.Records]
+) -> tuple[base.Split | base.StreamedSplit, ...]:
+    """The splits of a source, in memory or to be streamed, as the configuration says.
+
+    Args:
+      config: the `data` section.
+      name: a readable start for the cache file's name.
+      source: all that decoded images depend on, see `cache.cached`.
+      records: of each split, by its name.
+    """
+    if config.streaming:
+        return tuple(
+            base.StreamedSplit(one, np.arange(len(one), dtype=np.int32), config.image_size)
+            for one in records.values()
+        )
+
+    def build() -> cache.Arrays:
+        arrays = {}
+        for split, one in records.items():
+            images, labels = base.decode_all(one, config.image_size, f"Decoding {name} {split}")
+            arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+        return arrays
+
+    arrays = cache.cached(name, f"{config.image_size}\0{source}", config.cache_dir, build)
+    return tuple(base.Split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in records)

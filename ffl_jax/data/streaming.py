@@ -1,0 +1,347 @@
+"""Datasets that do not fit in memory: read, decoded and cropped when they are needed, by worker processes.
+
+Grain hands numbered pieces of batches to the workers and keeps a few ready ahead of the device. What is in
+a piece is a pure function of (seed, epoch, position), so that a run may start anywhere, with any number of
+workers, and nothing of it has to be saved.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import gc
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from multiprocessing import resource_tracker
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from ffl_jax.data import augment, base, crops, resident
+from ffl_jax.errors import ConfigError, FFLError, ResourceError
+
+# Images of a piece, which one worker makes at a time: few enough that all workers begin with the first batch
+# and that one stops within half a second, enough that handing it over costs nothing.
+_PIECE = 32
+_BUFFERED = 2  # finished pieces that wait with each worker
+_SHARED_MEMORY = "/dev/shm"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
+    """The pieces of one process's share of all batches, in order, for Grain to index.
+
+    Attributes:
+      split: what is read.
+      batch_size: of all processes together.
+      process: (index, count): the rows of a batch that are this process's, an equal part of consecutive ones.
+    """
+
+    split: base.StreamedSplit
+    batch_size: int
+    process: tuple[int, int]
+
+    @property
+    def per_batch(self) -> int:
+        return -(-self._share // _PIECE)
+
+    @property
+    def _share(self) -> int:
+        return self.batch_size // self.process[1]
+
+    @property
+    def piece_bytes(self) -> int:
+        """At most, of one piece's images."""
+        return min(_PIECE, self._share) * int(np.prod(self.split.image_shape))
+
+    def _rows(self, number: int) -> tuple[int, np.ndarray]:
+        """(number of the batch, which rows of it) of a piece."""
+        batch, piece = divmod(number, self.per_batch)
+        first = self.process[0] * self._share
+        return batch, first + np.arange(piece * _PIECE, min((piece + 1) * _PIECE, self._share))
+
+    def _images(self, indices: np.ndarray, decode) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 images, decode(index, encoded bytes) of each, and int32 labels."""
+        records = self.split.records
+        images, labels = [], []
+        read = records.read(self.split.positions[indices])
+        for index, (where, encoded, label) in zip(indices, read, strict=True):
+            with base.damage_named(where, encoded, records.remedy):
+                images.append(decode(index, encoded))
+            labels.append(label)
+        return np.stack(images), np.array(labels, np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainPieces(_Pieces):
+    """Attributes: seed, crop, flip: settings. views: of each image, or 0."""
+
+    seed: int
+    crop: str
+    flip: bool
+    views: int
+
+    @property
+    def piece_bytes(self):
+        return super().piece_bytes * (self.views or 1)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return resident.steps_per_epoch(len(self.split), self.batch_size)
+
+    def __len__(self):
+        return sys.maxsize  # one epoch after the other, as long as anyone asks
+
+    def __getitem__(self, number):
+        """(uint8 images [P, H, W, 3] or [P, views, H, W, 3], labels [P], places in the split [P])."""
+        step, rows = self._rows(number)
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.seed, epoch, len(self.split))
+        indices = order[(position * self.batch_size + rows) % len(order)]
+        images, labels = self._images(indices, functools.partial(self._decode, epoch))
+        return images, labels, indices
+
+    def _decode(self, epoch, index, encoded):
+        size = self.split.image_size
+        if self.crop == "pad":  # the rest is done on the device
+            return base.decode_image(encoded, size)
+        generators = [_generator(self.seed, 1, epoch, index, view) for view in range(self.views or 1)]
+        images = crops.random_resized(encoded, size, generators, self.flip)
+        return images if self.views else images[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalPieces(_Pieces):
+    """Attributes: crop: setting."""
+
+    crop: str
+
+    @property
+    def batches(self) -> int:
+        return -(-len(self.split) // self.batch_size)
+
+    def __len__(self):
+        return self.batches * self.per_batch
+
+    def __getitem__(self, number):
+        """(uint8 images [P, H, W, 3], labels [P], weights [P]); what fills the last batch up is black."""
+        batch, rows = self._rows(number)
+        indices = batch * self.batch_size + rows
+        weights = (indices < len(self.split)).astype(np.float32)
+        images = np.zeros((len(rows), *self.split.image_shape), np.uint8)
+        labels = np.zeros(len(rows), np.int32)
+        count = int(weights.sum())
+        if count:
+            images[:count], labels[:count] = self._images(indices[:count], self._decode)
+        return images, labels, weights
+
+    def _decode(self, index, encoded):
+        return crops.evaluation_image(encoded, self.crop, self.split.image_size)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    """A permutation, int32 [num_examples], drawn on the host."""
+    return _generator(seed, 0, epoch).permutation(num_examples).astype(np.int32)
+
+
+def _generator(seed: int, use: int, epoch: int, index: int = 0, view: int = 0) -> np.random.Generator:
+    """Random numbers of their own for each place: Philox counts, so that none needs the one before."""
+    # The lowest word is what drawing counts up.
+    counter = np.array([0, view, index, epoch], np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array([seed, use], np.uint64), counter=counter))
+
+
+class _Pipeline:
+    """Pieces from number `start` on, made ahead by worker processes, or by a thread where there are none."""
+
+    def __init__(self, pieces: _Pieces, start: int, workers: int):
+        import grain
+
+        if not flags.FLAGS.is_parsed():  # ours are parsed elsewhere; Grain's own are left at their defaults
+            flags.FLAGS.mark_as_parsed()
+        workers = min(workers, len(pieces) - start)
+        _check_shared_memory(pieces, workers)
+
+        def iterate(first: int):
+            dataset = grain.MapDataset.source(pieces)[first :: max(workers, 1)]
+            reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BUFFERED)
+            processes = grain.MultiprocessingOptions(min(workers, 1), _BUFFERED)
+            return iter(dataset.to_iter_dataset(reading).mp_prefetch(processes, _begin_worker))
+
+        # A pipeline for each worker and not one for all, which would end them one after the other.
+        self._iterators = [iterate(start + worker) for worker in range(max(workers, 1))]
+        self._per_batch, self._workers, self._taken = pieces.per_batch, workers, 0
+        if workers:
+            for iterator in self._iterators:
+                iterator.get_state()  # makes the queues, but starts nothing
+            with _signals_blocked():
+                for iterator in self._iterators:
+                    iterator.start_prefetch()
+
+    def next_batch(self) -> tuple[np.ndarray, ...]:
+        """The arrays of the next batch's pieces, joined into new ones."""
+        pieces = [self._next() for _ in range(self._per_batch)]
+        return tuple(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+
+    def _next(self):
+        iterator = self._iterators[self._taken % len(self._iterators)]
+        self._taken += 1
+        try:
+            return next(iterator)
+        except FFLError as error:
+            # Raised anew below: the worker's own one holds pieces in shared memory, which must not outlive
+            # the run.
+            refusal = type(error)(*error.args)
+        except RuntimeError as error:
+            if "exit code -" not in str(error):  # of a signal
+                raise
+            refusal = ResourceError(
+                "a process that reads the data was killed, by the system for lack of memory perhaps: lower "
+                "config.data.workers, and run the same command again."
+            )
+        raise refusal
+
+    def close(self):
+        """Ends the workers, all at once."""
+        with concurrent.futures.ThreadPoolExecutor(len(self._iterators)) as executor:
+            list(executor.map(lambda iterator: iterator.close(), self._iterators))
+        self._iterators = []
+        if self._workers:
+            gc.collect()  # Grain leaves cycles that hold pieces in shared memory
+
+
+def _check_shared_memory(pieces: _Pieces, workers: int):
+    """Raises ResourceError where finished pieces would not fit: the system kills who writes too many."""
+    if not workers or not os.path.isdir(_SHARED_MEMORY):
+        return
+    # Of each worker: a queue, as many taken out of it, one on each side of it, one in a batch that is joined.
+    each = (2 * _BUFFERED + 3) * pieces.piece_bytes
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if workers * each > free:
+        raise ResourceError(
+            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, and {workers} workers need "
+            f"{workers * each / 1e6:.0f} MB: enlarge it (docker run --shm-size), or set config.data.workers "
+            f"to {free // each} (0 reads in the process that trains)."
+        )
+
+
+@contextlib.contextmanager
+def _signals_blocked():
+    """Processes that are started inside never see SIGINT and SIGTERM.
+
+    A terminal and some schedulers send them to every process of a run. Only the one that trains is to act:
+    it still needs a batch or two, then it ends its workers itself.
+    """
+    resource_tracker.ensure_running()  # while it starts, it would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(index: int, count: int):
+    """Lets a worker end with the process that started it, even if that was killed."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class TrainInput:
+    """Feeds the training step; see `data.train_input`.
+
+    One set of workers lives until `close`, through all epochs, as long as `batches` goes on where the last
+    batch was.
+    """
+
+    sharded = True
+
+    def __init__(self, split: base.StreamedSplit, config, parallel, views: int):
+        settings = config.data
+        self._settings, self._seed, self._parallel, self._views = settings, config.seed, parallel, views
+        self._pieces = _TrainPieces(
+            split,
+            config.batch_size,
+            _process(config.batch_size),
+            config.seed,
+            settings.crop,
+            settings.flip,
+            # The device makes the views of images that are padded and cropped there.
+            views if settings.crop == "resized" else 0,
+        )
+        self._pipeline, self._next_step = None, -1
+        self.steps_per_epoch = self._pieces.steps_per_epoch
+
+    def batches(self, epoch: int, position: int):
+        first = epoch * self.steps_per_epoch
+        for step in range(first + position, first + self.steps_per_epoch):
+            if step != self._next_step:
+                self.close()
+                start = step * self._pieces.per_batch
+                self._pipeline = _Pipeline(self._pieces, start, self._settings.workers)
+            arrays = self._pipeline.next_batch()
+            self._next_step = step + 1
+            yield self._parallel.shard(arrays)
+
+    def batch(self, arrays, step: jax.Array) -> dict[str, jax.Array]:
+        images, labels, indices = arrays
+        if self._settings.crop == "pad":
+            epoch = step // self.steps_per_epoch
+            image = resident.augmented(images, indices, self._seed, epoch, self._settings, self._views)
+        else:
+            image = augment.normalize(images, self._settings.mean, self._settings.std)
+            # Batches are split over devices along their first axis, so that views came second.
+            image = jnp.moveaxis(image, 1, 0) if self._views else image
+        return {"image": image, "label": labels}
+
+    def close(self):
+        if self._pipeline is not None:
+            self._pipeline.close()
+        self._pipeline, self._next_step = None, -1
+
+
+class EvalInput:
+    """Feeds the evaluation step; see `data.eval_input`. Workers live as long as one sweep over the split."""
+
+    sharded = True
+
+    def __init__(self, split: base.StreamedSplit, config, parallel):
+        self._settings, self._parallel = config.data, parallel
+        devices = parallel.num_devices * jax.process_count()
+        batch_size = min(config.evaluation.batch_size, len(split))
+        batch_size = -(-batch_size // devices) * devices
+        self._pieces = _EvalPieces(split, batch_size, _process(batch_size), config.data.crop)
+
+    def batches(self):
+        pipeline = _Pipeline(self._pieces, 0, self._settings.workers)
+        try:
+            for _ in range(self._pieces.batches):
+                yield self._parallel.shard(pipeline.next_batch())
+        finally:
+            pipeline.close()
+
+    def batch(self, arrays) -> dict[str, jax.Array]:
+        images, labels, weights = arrays
+        image = augment.normalize(images, self._settings.mean, self._settings.std)
+        return {"image": image, "label": labels, "weight": weights}
+
+
+def _process(batch_size: int) -> tuple[int, int]:
+    """(index, count) of the processes that share a batch."""
+    count = jax.process_count()
+    if batch_size % count:
+        raise ConfigError(
+            f"a batch of {batch_size} does not divide over {count} processes: set config.batch_size to a "
+            f"multiple of {count}."
+        )
+    return jax.process_index(), count

@@ -1,0 +1,69 @@
+"""Tiny ImageNet: 200 classes, 64x64 pixels, 500 training and 50 validation images of each."""
+
+import os
+import pathlib
+
+import numpy as np
+
+from ffl_jax.data import base, folder, records
+from ffl_jax.errors import DatasetError
+
+_LAYOUT = (
+    "it must hold what tiny-imagenet-200.zip (cs231n.stanford.edu) does: wnids.txt, words.txt, "
+    "train/<wnid>/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt"
+)
+
+
+@base.SOURCES.register("tiny_imagenet")
+def load(config):
+    """Reads the published tree in `config.data_dir`; the test split is `val`, since `test` has no labels.
+
+    Classes are sorted by WordNet number and named by their words, and by the number, too, where two classes
+    have the same words.
+    """
+    top = folder.root(config, "Tiny ImageNet", _LAYOUT)
+    wnids = sorted(_lines(top / "wnids.txt"))
+    listed = folder.list_files(top, [*(f"train/{wnid}/images" for wnid in wnids), "val/images"])
+    test = listed.pop("val/images")
+    train = folder.join(list(listed.values()))
+    labels = np.repeat(np.arange(len(wnids)), [len(one.paths) for one in listed.values()])
+    files = {
+        "train": records.Files(top, train, labels),
+        "test": records.Files(top, test, _annotations(top / "val" / "val_annotations.txt", test, wnids)),
+    }
+    source = f"{folder.state(train)}{folder.state(test)}"
+    return *records.splits(config, config.name, source, files), _names(top / "words.txt", wnids)
+
+
+def _annotations(path: pathlib.Path, listing: records.Listing, wnids: list[str]) -> list[int]:
+    """The label of each file, from lines of `file <tab> wnid <tab> box`."""
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    wnid_of = dict(line.split("\t")[:2] for line in _lines(path) if "\t" in line)
+    names = [os.path.basename(file) for file in listing.paths]
+    unknown = [name for name in names if wnid_of.get(name) not in label_of]
+    if unknown:
+        raise DatasetError(
+            f"{path} gives no class of wnids.txt to {folder.some(unknown)}; unpack the archive again."
+        )
+    return [label_of[wnid_of[name]] for name in names]
+
+
+def _names(path: pathlib.Path, wnids: list[str]) -> tuple[str, ...]:
+    words = dict(line.split("\t")[:2] for line in _lines(path) if "\t" in line)
+    names = [words.get(wnid, wnid) for wnid in wnids]
+    return tuple(
+        name if names.count(name) == 1 else f"{name} ({wnid})"
+        for name, wnid in zip(names, wnids, strict=True)
+    )
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    try:
+        return [line for line in path.read_text("utf-8").splitlines() if line]
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"config.data.data_dir has no {path}; {_LAYOUT}. Where val has class folders, set "
+            "config.data.name=folder."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"Cannot read {path}: {error}; unpack the archive again.") from error

@@ -1,0 +1,427 @@
+"""Published PyTorch weights as a checkpoint of this library: of FFL's released code and of FFSD's.
+
+A file is read as {"GROUP/NAME": array}; groups are the dictionaries that it nests ("state_dict", "weight"),
+or what stands before the last "/" of a name ("final/net"). A group with running statistics is a state dict.
+What names and shapes it must have follows from our own networks: each variable has one PyTorch name.
+"""
+
+import dataclasses
+import functools
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ffl_jax import checkpoint, data, methods, outputs, steps, subnetworks
+from ffl_jax import config as config_lib
+from ffl_jax.errors import CheckpointError, ConfigError, FFLError
+from ffl_jax.experiment import Experiment, run_record
+from ffl_jax.models import NETWORKS
+from ffl_jax.models.densenet import DenseNet
+from ffl_jax.models.googlenet import GoogLeNet
+from ffl_jax.models.resnet import ResNet
+from ffl_jax.models.resnet_cifar import ResNetCifar
+from ffl_jax.models.wide_resnet import WideResNet
+
+_LISTED = 5
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Variables of a method, and the settings that describe it.
+
+    Attributes:
+      method: its name.
+      network: name of the sub-networks' network; there are `num` of them, which share `shared_stages` stages.
+      num_classes: C.
+      variables: {"params": ..., "batch_stats": ...}, float32.
+      left_out: names of entries that only training uses, and that we have no place for.
+    """
+
+    method: str
+    network: str
+    num: int
+    shared_stages: int
+    num_classes: int
+    variables: dict
+    left_out: tuple[str, ...] = ()
+
+
+def load(source: str, paths: Sequence[str | Path], state: str = "", network: str = "") -> Weights:
+    """Reads published weights.
+
+    Args:
+      source: "ffl-pytorch", networks and fusion module in one file or two; or "ffsd", one student or leader.
+      paths: `.npz`, `.safetensors`, or what PyTorch wrote: `.pth`, `.pt`, `.tar`.
+      state: the group to take, where files hold several.
+      network: our name of the network; empty recognises it by names and shapes.
+
+    Raises:
+      CheckpointError: a file is missing, damaged, or holds other entries than the network has.
+      ConfigError: a setting is wrong, or PyTorch is needed and not there.
+    """
+    found = _state_dicts(paths, state)
+    return {"ffl-pytorch": _load_ffl, "ffsd": _load_ffsd}[source](found, network)
+
+
+def write(weights: Weights, config: ConfigDict, workdir: str | Path):
+    """Writes a checkpoint of step 0 and its `config.json`, for the dataset that `config` says.
+
+    Args:
+      weights: whose method and sub-networks take the place of those in `config`.
+      config: the rest of the configuration, as for training.
+      workdir: of the new run.
+
+    Raises:
+      FFLError: a setting is wrong, the dataset is missing or has other classes, or the workdir is in use.
+    """
+    config = _configured(config, weights)
+    config_lib.check(config)
+    dataset = data.load(config.data)
+    if len(dataset.class_names) != weights.num_classes:
+        raise CheckpointError(
+            f"the weights are for {weights.num_classes} classes, but {dataset.name} has "
+            f"{len(dataset.class_names)}: name the dataset that they were trained on, such as "
+            "--config=configs/cifar100.py."
+        )
+    experiment = Experiment(config, dataset)
+    params, statistics = (
+        jax.tree.map(jnp.asarray, weights.variables[kind]) for kind in ("params", "batch_stats")
+    )
+    state = experiment.initial_state().replace(params=params, model_state={"batch_stats": statistics})
+    directory = Path(workdir).absolute() / "checkpoints"
+    with checkpoint.lock(workdir):
+        if checkpoint.exists(directory):
+            raise CheckpointError(f"{workdir} holds checkpoints already: choose another --workdir.")
+        outputs.write_json(directory.parent / "config.json", config_lib.to_json(experiment.config))
+        with checkpoint.Checkpoints(directory) as writer:
+            writer.save(0, state, run_record(experiment))
+
+
+def _configured(config, weights):
+    config = ConfigDict(config.to_dict())
+    if config.method.name != weights.method:
+        config.method = {"name": weights.method} | methods.hyper_parameters(weights.method)
+        recipe = methods.METHODS.lookup(weights.method).recipe(config.data.name)
+        config.optimizer_rules = recipe.get("optimizer_rules", ())
+        if "teachers" in config:
+            del config["teachers"]
+    config.subnetworks.network = weights.network
+    config.subnetworks.num = weights.num
+    config.subnetworks.shared_stages = weights.shared_stages
+    return config
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def read(path: str | Path) -> dict[str, np.ndarray]:
+    """All arrays of a file, {"GROUP/NAME": array}; nothing in it is run."""
+    path = Path(path)
+    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
+    readers |= dict.fromkeys((".pth", ".pt", ".tar"), _read_pytorch)
+    if path.suffix not in readers:
+        raise ConfigError(f"--input={path}: give a file that ends in one of {', '.join(readers)}.")
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}: name the published weights with --input.")
+    try:
+        return readers[path.suffix](path)
+    except (FFLError, PermissionError):
+        raise
+    except Exception as error:  # zipfile, zlib, pickle, safetensors and PyTorch have a dozen types
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise CheckpointError(f"{path} cannot be read: {reason}; download it again.") from error
+
+
+def _read_npz(path):
+    # NumPy would take another file for a pickle, and tell how to load that all the same.
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not a whole .npz archive")
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive.items())
+
+
+def _read_safetensors(path):
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def _read_pytorch(path):
+    try:
+        import torch
+    except ImportError:
+        raise ConfigError(
+            f"{path} can only be read with PyTorch, which is not installed: `pip install torch`, or convert "
+            "the file to .npz or .safetensors where it is."
+        ) from None
+    arrays = {}
+
+    def collect(prefix, value):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{prefix}/{key}" if prefix else str(key), inner)
+        elif isinstance(value, torch.Tensor):
+            value = value.detach()
+            # NumPy knows no bfloat16.
+            arrays[prefix] = (value.float() if value.is_floating_point() else value).numpy()
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than weights, and a pickle of anything could run any program: "
+            "where you trust it, save the network's state_dict() alone."
+        ) from error
+    collect("", content)
+    return arrays
+
+
+def _state_dicts(paths, state):
+    """{"FILE" or "FILE:GROUP": {name: array}} of all state dicts, or of those in the group `state`."""
+    found, groups = {}, set()
+    for path in paths:
+        for name, value in read(path).items():
+            group, _, entry = name.rpartition("/")
+            if entry.endswith("num_batches_tracked"):
+                continue
+            groups.add(group)
+            if not state or f"{group}/".startswith(f"{state}/"):
+                found.setdefault(f"{path}:{group}".rstrip(":"), {})[entry] = value
+    if state and not found:
+        raise ConfigError(f"--state={state}: there is no such group; there are: {', '.join(sorted(groups))}.")
+    # Gradients and moments have names like parameters, but no running statistics.
+    found = {
+        where: entries
+        for where, entries in found.items()
+        if any(x.endswith(".running_mean") for x in entries)
+    }
+    for where, entries in found.items():
+        if all(name.startswith("module.") for name in entries):  # written from within DataParallel
+            found[where] = {name.removeprefix("module."): value for name, value in entries.items()}
+    return found
+
+
+def _pick(found, what, *patterns):
+    """(where, state dict) of the only one that has names beginning with each of the patterns."""
+    fitting = [
+        where
+        for where, entries in found.items()
+        if all(any(re.match(pattern, name) for name in entries) for pattern in patterns)
+    ]
+    if not fitting:
+        raise CheckpointError(f"--input has no {what}, but {', '.join(found) or 'no state dict at all'}.")
+    if len(fitting) > 1:
+        raise ConfigError(
+            f"--input has more than one {what}: {', '.join(fitting)}; give one file, and choose one of its "
+            "groups, named after the colon, with --state=GROUP."
+        )
+    return fitting[0], found[fitting[0]]
+
+
+# -- the two codes -------------------------------------------------------------------------------------------
+
+
+def _load_ffl(found, network):
+    """FFL: a shared trunk, K branches "layer3_k" and heads "classfier3_k" (so spelt), and a fusion module."""
+    where, net = _pick(found, "network of FFL (with classfier3_1.weight)", r"classfier3_1\.weight")
+    fusion_where, fusion = _pick(
+        found,
+        "fusion module of FFL (with conv1_1.weight and fc2.weight); the released code writes it to a file of "
+        "its own, a second --input",
+        r"conv1_1\.weight",
+        r"fc2\.weight",
+    )
+    network = network or _recognised(where, f"resnet{6 * _blocks(net) + 2}")
+    module = _build(network, (ResNetCifar,), "FFL", where, net, "classfier3_1.weight")
+    num, shared = _highest(net, r"classfier3_(\d+)\."), module.num_stages - 1
+    method = methods.METHODS["ffl"](subnetworks.Stacked(module, num, shared), module.num_classes)
+    entries = {f"net/{name}": value for name, value in net.items()}
+    entries |= {f"fusion/{name}": value for name, value in fusion.items()}
+    files = " and ".join(dict.fromkeys((where, fusion_where)))
+    variables = _variables(method, entries, _ffl_name, f"{files}, {network} with K = {num},")
+    return Weights("ffl", network, num, shared, module.num_classes, variables)
+
+
+def _ffl_name(path, k):
+    if path[0] == "fusion":
+        names = {"depthwise_conv": "conv1", "depthwise_norm": "bn1", "head": "fc2"}
+        return f"fusion/{(names | {'pointwise_conv': 'conv1_1', 'pointwise_norm': 'bn1_1'})[path[1]]}"
+    name = _resnet_name("/".join(path[2:]))
+    if k is not None:
+        name = re.sub("^fc$", f"classfier3_{k + 1}", name)
+        name = re.sub(r"^layer3\.", f"layer3_{k + 1}.", name)
+    return f"net/{name}"
+
+
+def _load_ffsd(found, network):
+    """FFSD: one student, or a leader, whose trans-fusion module is left out."""
+    where, entries = _pick(found, "network of FFSD (with fc.weight or linear.weight)", r"(fc|linear)\.weight")
+    left_out = tuple(name for name in entries if name.startswith("trans_fusion_module."))
+    entries = {name: value for name, value in entries.items() if name not in left_out}
+    network = network or _recognised(where, _ffsd_network(entries))
+    head = "linear.weight" if "linear.weight" in entries else "fc.weight"
+    module = _build(network, tuple(_NAMES), "FFSD", where, entries, head)
+    method = methods.METHODS["independent"](subnetworks.Stacked(module, num=1), module.num_classes)
+
+    def name_of(path, k):
+        return _NAMES[type(module)]("/".join(path[2:]))
+
+    variables = _variables(method, entries, name_of, f"{where}, {network},")
+    return Weights("independent", network, 1, 0, module.num_classes, variables, left_out)
+
+
+def _ffsd_network(entries):
+    """Our name of the network, from what names and shapes say of its family and depth."""
+    if "pre_layers.0.weight" in entries:
+        return "googlenet"
+    if "dense1.0.conv1.weight" in entries:
+        layers = _highest(entries, r"dense\d\.(\d+)\.") + 1
+        return f"densenet{3 * layers + 4}_12"
+    if "linear.weight" in entries:
+        return f"wrn{6 * _blocks(entries) + 4}_{entries['linear.weight'].shape[-1] // 64}"
+    if "layer4.0.conv1.weight" in entries:
+        return {2: "resnet18", 6: "resnet34"}.get(_blocks(entries), "an unknown ResNet")
+    return f"resnet{6 * _blocks(entries) + 2}"
+
+
+def _highest(entries, pattern):
+    """The largest of the numbers in the names that begin so; -1 without any."""
+    return max((int(found[1]) for name in entries if (found := re.match(pattern, name))), default=-1)
+
+
+def _blocks(entries):
+    return _highest(entries, r"layer\d(?:_\d+)?\.(\d+)\.") + 1
+
+
+def _recognised(where, network):
+    if network not in NETWORKS:
+        raise CheckpointError(
+            f"{where} looks like {network} by its names and shapes, which is not there: name one of "
+            f"{', '.join(sorted(NETWORKS))} with --network."
+        )
+    return network
+
+
+def _build(network, families, source, where, entries, head):
+    """The network called so, for as many classes as the entry `head` has rows."""
+    if head not in entries or entries[head].ndim != 2:
+        raise CheckpointError(
+            f"{where}: {head} must be [classes, features]; it is missing or of other shape."
+        )
+    module = NETWORKS.lookup(network)(len(entries[head]))
+    if not isinstance(module, families):
+        raise ConfigError(f"--network={network}: {source}'s released code has no such network.")
+    return module
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+def _resnet_name(module):
+    names = {"head": "fc", "stem_conv": "conv1", "stem_norm": "bn1"}
+    if module in names:
+        return names[module]
+    stage, block, layer = re.fullmatch(r"stage(\d)_block(\d+)/(\w+)", module).groups()
+    names = {"shortcut_conv": "downsample.0", "shortcut_norm": "downsample.1"}
+    return f"layer{stage}.{int(block) - 1}.{names.get(layer, layer.replace('norm', 'bn'))}"
+
+
+def _wide_resnet_name(module):
+    names = {"head": "linear", "stem_conv": "conv1", "stage3_norm": "bn1"}
+    return names.get(module) or _resnet_name(module).replace("downsample", "shortcut")
+
+
+def _densenet_name(module):
+    names = {"head": "fc", "stem_conv": "conv1", "stage3_norm": "bn"}
+    if module in names:
+        return names[module]
+    stage, part, layer = re.fullmatch(r"stage(\d)_(transition|layer\d+)[/_](\w+)", module).groups()
+    layer = layer.replace("norm", "bn")
+    if part == "transition":
+        return f"trans{int(stage) - 1}.{layer}1"
+    return f"dense{stage}.{int(part.removeprefix('layer')) - 1}.{layer}"
+
+
+def _googlenet_name(module):
+    names = {"head": "linear", "stem_conv": "pre_layers.0", "stem_norm": "pre_layers.1"}
+    if module in names:
+        return names[module]
+    pattern = r"stage(\d)_block(\d)/branch(\d)_(conv|norm)(\d)"
+    stage, block, branch, layer, number = re.fullmatch(pattern, module).groups()
+    # Convolution, norm and ReLU follow one another in a branch, in the last one after the max pool.
+    position = 3 * (int(number) - 1) + (layer == "norm") + (branch == "4")
+    branch = ("branch1x1", "branch3x3", "branch5x5", "branch_pool")[int(branch) - 1]
+    return f"inception_{'abcde'[int(block) - 1]}{int(stage) + 2}.{branch}.{position}"
+
+
+# Family -> function from the path of a layer of ours, joined by "/", to PyTorch's.
+_NAMES = {
+    ResNetCifar: _resnet_name,
+    ResNet: _resnet_name,
+    WideResNet: _wide_resnet_name,
+    DenseNet: _densenet_name,
+    GoogLeNet: _googlenet_name,
+}
+
+
+def _variables(method, entries: dict[str, np.ndarray], name_of: Callable, what: str) -> dict:
+    """The method's variables from a state dict that has exactly what they are made of.
+
+    Args:
+      method: whose variables.
+      entries: {PyTorch's name: array}.
+      name_of: (path of a layer, k of a branch or None) -> PyTorch's name of the layer.
+      what: the state dict, for errors.
+    """
+    # Their shapes do not depend on the images' size.
+    init = functools.partial(steps.init_variables, method, image_shape=(32, 32, 3))
+    params, model_state = jax.eval_shape(init, jax.random.key(0))
+    problems, used = [], set()
+
+    def take(name, shape):
+        used.add(name)
+        axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[len(shape)]  # OIHW -> HWIO, [out, in] -> [in, out]
+        wanted = tuple(shape[axis] for axis in np.argsort(axes))
+        value = entries.get(name)
+        if value is None:
+            problems.append(f"{name} is missing")
+        elif value.shape != wanted or value.dtype.kind != "f":
+            problems.append(f"{name} is {value.dtype}{list(value.shape)}, not float32{list(wanted)}")
+        else:
+            with np.errstate(over="ignore"):
+                value = value.astype(np.float32)
+            if np.isfinite(value).all():
+                return value.transpose(axes)
+            problems.append(f"{name} has values that are infinite or not a number")
+        return np.zeros(shape, np.float32)
+
+    def leaf(path, abstract):
+        _, *path, last = (key.key for key in path)
+        if path[:2] != ["subnetworks", "branches"]:
+            return take(f"{name_of(path, None)}.{_LEAVES[last]}", abstract.shape)
+        num, *shape = abstract.shape
+        return np.stack([take(f"{name_of(path, k)}.{_LEAVES[last]}", tuple(shape)) for k in range(num)])
+
+    variables = jax.tree_util.tree_map_with_path(leaf, {"params": params, **model_state})
+    problems += [f"{name} is unexpected" for name in sorted(entries.keys() - used)]
+    if problems:
+        rest = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise CheckpointError(
+            f"{what} does not fit: {'; '.join(problems[:_LISTED])}{rest}. Take the whole file, or name the "
+            "network with --network."
+        )
+    return variables
