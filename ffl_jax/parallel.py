@@ -38,6 +38,14 @@ def sum(tree):
     return lax.psum(tree, _AXIS) if axis_name() else tree
 
 
+def first(tree):
+    """The first device's copy of every leaf, bit for bit, where a mean of equal copies would be rounded."""
+    if not axis_name():
+        return tree
+    here = lax.axis_index(_AXIS) == 0
+    return lax.psum(jax.tree.map(lambda x: jnp.where(here, x, jnp.zeros_like(x)), tree), _AXIS)
+
+
 def share(batch: jax.Array) -> jax.Array:
     """This device's contiguous part of a replicated batch [B, ...] -> [B / devices, ...]."""
     if not axis_name():

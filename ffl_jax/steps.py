@@ -117,8 +117,9 @@ def train_step(state: TrainState, batch: dict[str, jax.Array], *, method, optimi
             gradients, state.opt_state[objective], state.params
         )
         params = optax.apply_updates(params, updates)
-    # Batch norm has already joined its statistics over the devices; this keeps any other state equal.
-    model_state = method.after_step(params, parallel.mean(model_state), state.step)
+    # Batch norm has already joined its statistics over the devices; this keeps any other state equal, and
+    # that of frozen networks as it was, to the bit.
+    model_state = method.after_step(params, parallel.first(model_state), state.step)
     return state.replace(
         step=state.step + 1,
         params=params,

@@ -7,7 +7,7 @@ import pytest
 
 from ffl_jax.data import augment
 
-pad_crop_flip = jax.jit(augment.pad_crop_flip, static_argnums=(2, 3))
+pad_crop_flip = jax.jit(augment.pad_crop_flip, static_argnums=(2, 3, 4))
 split = jax.jit(jax.random.split, static_argnums=1)
 
 
@@ -15,26 +15,33 @@ def draw_images(count, height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def candidates(image, pad, flip):
+def candidates(image, pad, flip, pad_mode="reflect"):
     """{(row, column, flipped): crop} of one image."""
     height, width = image.shape[:2]
     crops = {}
     for flipped in (False, True) if flip else (False,):
-        padded = np.pad(image[:, ::-1] if flipped else image, ((pad, pad), (pad, pad), (0, 0)), "reflect")
+        image_or_mirror = image[:, ::-1] if flipped else image
+        mode = {"reflect": "reflect", "zero": "constant"}[pad_mode]
+        padded = np.pad(image_or_mirror, ((pad, pad), (pad, pad), (0, 0)), mode)
         for row in range(2 * pad + 1):
             for column in range(2 * pad + 1):
                 crops[row, column, flipped] = padded[row : row + height, column : column + width]
     return crops
 
 
-def draws(images, pad, flip, seed=1):
+def draws(images, pad, flip, seed=1, pad_mode="reflect"):
     """Augments and finds (row, column, flipped) of every image; fails where no candidate is equal."""
-    augmented = np.asarray(pad_crop_flip(images, split(jax.random.key(seed), len(images)), pad, flip))
+    keys = split(jax.random.key(seed), len(images))
+    augmented = np.asarray(pad_crop_flip(images, keys, pad, flip, pad_mode))
     assert augmented.dtype == np.uint8
     assert augmented.shape == images.shape
     found = []
     for image, result in zip(images, augmented, strict=True):
-        equal = [draw for draw, crop in candidates(image, pad, flip).items() if np.array_equal(crop, result)]
+        equal = [
+            draw
+            for draw, crop in candidates(image, pad, flip, pad_mode).items()
+            if np.array_equal(crop, result)
+        ]
         assert equal
         found.append(equal[0])  # a reflected border may equal the flipped image, so there can be two
     return found
@@ -45,6 +52,27 @@ def draws(images, pad, flip, seed=1):
 )
 def test_equals_numpy_pad_flip_and_crop(height, width, pad, flip):
     draws(draw_images(40, height, width), pad, flip)
+
+
+def test_zero_padding_is_black():
+    """As PyTorch's RandomCrop on images, which Normalize follows: the border is (0 - mean) / std."""
+    found = draws(draw_images(40, 6, 5), 2, True, pad_mode="zero")
+    assert len(set(found)) > 20
+    images, keys = np.maximum(draw_images(40, 6, 5), 1), split(jax.random.key(1), 40)
+    zero, reflect = (
+        np.asarray(pad_crop_flip(images, keys, 2, True, mode)) for mode in augment.PAD_MODES[::-1]
+    )
+    np.testing.assert_array_equal(zero, np.where(zero == 0, 0, reflect))  # both cut at the same places
+    white, mean, std = np.full((60, 6, 6, 3), 255, np.uint8), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    padded = pad_crop_flip(white, split(jax.random.key(0), 60), 2, True, "zero")
+    values = np.asarray(augment.normalize(padded, mean, std))
+    black, bright = (
+        np.isclose(values, (value - np.array(mean)) / np.array(std), rtol=1e-5).all(axis=-1)
+        for value in (0.0, 1.0)
+    )
+    assert (black ^ bright).all()
+    # An offset of -2 .. 2 shows up to two black rows and columns: 6 x 6 - 4 x 4 = 20 pixels at most.
+    assert (black.sum(axis=(1, 2)).min(), black.sum(axis=(1, 2)).max()) == (0, 20)
 
 
 def test_every_offset_and_both_flips_occur_equally_often():

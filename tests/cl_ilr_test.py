@@ -1,10 +1,12 @@
 """CL-ILR: its terms, its rescaled gradient and a whole step, against NumPy in float64."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 
+from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
 from ffl_jax.subnetworks import build
 
@@ -63,8 +65,9 @@ def step():
 
 
 def test_no_term_reaches_another_head_and_all_reach_the_trunk(step):
+    gradients = reference.term_gradients(step)
     for k in range(3):
-        gradient = reference.term_gradients(step, f"distillation/sub_{k}")
+        gradient = gradients[f"distillation/sub_{k}"]
         assert reference.largest(gradient["subnetworks"]["trunk"]) > 0
         for other in range(3):
             assert (reference.largest(reference.branch(gradient, other)) > 0) == (other == k)
@@ -92,3 +95,36 @@ def test_recipe():
     config = reference.common.get_config("method=cl_ilr", "cifar100")
     assert (config.subnetworks.num, config.subnetworks.shared_stages) == (4, 2)
     assert (config.optimizer.weight_decay, config.optimizer.schedule) == (5e-4, "cosine")
+
+
+def make_method(num=3, network="tiny", shared_stages=2, **settings):
+    return METHODS["cl_ilr"](build(network, num, 3, shared_stages), 3, **settings)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "rampup_epochs", "weight"),  # exp(-5 (1 - e / 80)^2) / 2, NumPy in float64
+    [(0.9, 80.0, 0.003369), (40.9, 80.0, 0.143252), (80.0, 80.0, 0.5), (0.0, 0.0, 0.5)],
+)
+def test_weight_is_constant_within_an_epoch(epoch, rampup_epochs, weight):
+    method = make_method(rampup_epochs=rampup_epochs)
+    _, terms = method.objectives({"logits": jnp.zeros((3, 2, 3))}, jnp.array([0, 2]), jnp.float32(epoch))
+    np.testing.assert_allclose(terms["distillation_weight"], weight, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"shared_stages": 0},
+            r"CLILR needs a shared trunk: its heads rescale .*\.shared_stages to 1 or more",
+        ),
+        (
+            {"network": "tiny+tiny_wide", "num": 2, "shared_stages": 0},
+            r"CLILR does not mix different networks",
+        ),
+        ({"num": 1}, r"CLILR takes at least 2 sub-network\(s\), got 1"),
+    ],
+)
+def test_refuses(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_method(**settings).check()

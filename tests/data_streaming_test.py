@@ -360,8 +360,8 @@ def write_photographs(root):
         return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes], labels
 
     splits = {
-        "train": [shard(20, np.arange(20) % 3), shard(8, np.arange(8) % 3)],
-        "validation": [shard(13, np.arange(13) % 3)],
+        "train": [shard(7, np.arange(7) % 3), shard(4, np.arange(4) % 3)],
+        "validation": [shard(7, np.arange(7) % 3)],
         "test": [shard(2, np.full(2, -1))],
     }
     write_dataset(root / "made" / "1.0.0", splits, encoding="JPEG")
@@ -383,47 +383,39 @@ def quick_compilation(tmp_path):
 
 
 def test_resnet18_is_trained_and_continues_in_mid_epoch(tmp_path, monkeypatch, quick_compilation):
-    """Four steps of the real loop, left alone, and the same ones killed after the third and continued."""
+    """Three steps of the real loop, and the last of them again from what a kill in it would have left."""
     write_photographs(tmp_path)
     config = imagenet.get_config("method=independent,epochs=1")
     config.data.update(name="made", data_dir=str(tmp_path), image_size=64, workers=0)
     config.subnetworks.num = 1
-    config.update(batch_size=8, log_every_steps=1)
-    config.checkpoint.update(every_steps=2, keep=1)
-    config.evaluation.batch_size = 8
+    config.update(batch_size=4, log_every_steps=1)
+    config.checkpoint.update(every_steps=2, keep=2)
+    config.evaluation.batch_size = 4
     assert config.subnetworks.network == "resnet18"
     counts = []
     scores = metrics.classification_scores
     monkeypatch.setattr(
         metrics, "classification_scores", lambda sums: counts.append(float(sums["count"])) or scores(sums)
     )
-    summary = train.train(config, tmp_path / "whole")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    summary = train.train(config, whole)
     assert summary["status"] == "completed"
-    # Four lines of the log for 8 images each, then 13 of validation in two batches; sub_0 and the ensemble.
-    assert counts == [8] * 8 + [13] * 2
+    # Three lines of the log for 4 images each, then 7 of validation in two batches; sub_0 and the ensemble.
+    assert counts == [4] * 6 + [7] * 2
 
-    next_batch, taken = streaming._Pipeline.next_batch, []
-
-    def killed(pipeline):
-        taken.append(pipeline)
-        if len(taken) == 4:
-            raise SystemExit
-        return next_batch(pipeline)
-
-    monkeypatch.setattr(streaming._Pipeline, "next_batch", killed)
-    with pytest.raises(SystemExit):
-        train.train(config, tmp_path / "killed")
-    assert checkpoint.steps(tmp_path / "killed" / "checkpoints") == [2]
-    monkeypatch.setattr(streaming._Pipeline, "next_batch", next_batch)
-    again = train.train(config, tmp_path / "killed")
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "checkpoints" / "3")
+    assert checkpoint.steps(killed / "checkpoints") == [2]
+    again = train.train(config, killed)
+    assert counts[8:] == [4] * 2 + [7] * 2
     assert again["predictors"] == summary["predictors"]
-    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
+    logs = [(workdir / "metrics.jsonl").read_text() for workdir in (whole, killed)]
     assert logs[0] == logs[1]
-    assert [json.loads(line)["step"] for line in logs[0].splitlines()] == [1, 2, 3, 4, 4]
+    assert [json.loads(line)["step"] for line in logs[0].splitlines()] == [1, 2, 3, 3]
     experiment = Experiment(config, data.load(config.data))
     states = [
-        checkpoint.restore(tmp_path / name / "checkpoints", 4, experiment.abstract_state())
-        for name in ("whole", "killed")
+        checkpoint.restore(workdir / "checkpoints", 3, experiment.abstract_state())
+        for workdir in (whole, killed)
     ]
     leaves, expected = (jax.tree.leaves(state.replace(rng=0)) for state in states)
     assert len(leaves) == len(expected) > 100

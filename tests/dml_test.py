@@ -1,6 +1,7 @@
 """DML: its terms and gradients against NumPy in float64, and a whole step."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
@@ -8,9 +9,11 @@ import reference
 from ffl_jax import methods
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
+from ffl_jax.methods.dml import VARIANTS, mean_probability_logits
 from ffl_jax.subnetworks import build
 
 DML = METHODS["dml"]
+LOGITS = np.array([[[1.0, 2, 3], [0, 0, 0]], [[2, 0, -1], [1, 1, 0]], [[0, 1, 0], [-1, 0, 2]]])
 NETWORKS = ("sub_0", "sub_1", "sub_2")
 
 
@@ -75,18 +78,22 @@ def test_equal_networks_have_nothing_to_teach():
         assert all(abs(terms[f"distillation/{name}"]) < 1e-12 for name in NETWORKS)
 
 
-def test_no_term_reaches_another_network():
-    step = reference.Step("method=dml,network=tiny", 3)
+@pytest.fixture(scope="module")
+def step():
+    return reference.Step("method=dml,network=tiny", 3)
+
+
+def test_no_term_reaches_another_network(step):
+    gradients = reference.term_gradients(step)
     for k, name in enumerate(NETWORKS):
         for term in ("cross_entropy", "distillation"):
-            gradient = reference.term_gradients(step, f"{term}/{name}")
+            gradient = gradients[f"{term}/{name}"]
             for other in range(3):
                 assert (reference.largest(reference.branch(gradient, other)) > 0) == (other == k)
 
 
-def test_a_step():
+def test_a_step(step):
     """The logits' gradient by NumPy, taken back through the networks, then SGD by hand."""
-    step = reference.Step("method=dml,network=tiny", 3)
     logits = np.asarray(step.outputs["logits"])
     by_logits = np.empty_like(logits)
     for k in range(3):
@@ -107,3 +114,53 @@ def test_unknown_variant():
     config.method.variant = "triple"
     with pytest.raises(ConfigError, match="pairwise, mean_probabilities, mean_logits, got 'triple'"):
         methods.build(config, 10)
+
+
+@pytest.mark.parametrize(
+    ("variant", "distillation"),  # by the formulas, number after number, with Python's `math`
+    [
+        ("pairwise", (0.693251, 1.020861, 0.847322)),
+        ("mean_probabilities", (0.450966, 0.891803, 0.659828)),
+        ("mean_logits", (0.478909, 0.924325, 0.611334)),
+    ],
+)
+def test_figures(variant, distillation):
+    _, terms = make_method(variant=variant).objectives(
+        {"logits": jnp.float32(LOGITS)}, jnp.array([0, 2]), jnp.float32(0)
+    )
+    actual = [terms[f"distillation/sub_{k}"] for k in range(3)]
+    np.testing.assert_allclose(actual, distillation, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_extreme_logits(variant):
+    """Finite, and by hand: the divergence is the difference of two logits that lie 2000 apart."""
+    logits = 1000 * np.array([[[1.0, -1, 0]], [[-1, 1, 0]]]).repeat(2, axis=1)
+    method = make_method(2, variant=variant)
+
+    def loss(logits):
+        scalars, terms = method.objectives({"logits": logits}, jnp.array([0, 2]), jnp.float32(0))
+        return scalars["loss"], terms
+
+    gradient, terms = jax.grad(loss, has_aux=True)(jnp.float32(logits))
+    np.testing.assert_allclose(terms["distillation/sub_0"], 2000, rtol=1e-6)
+    assert np.isfinite(gradient).all()
+
+
+def test_mean_of_probabilities():
+    """At temperature 2 the softmax of the target is the mean of the networks', by its definition."""
+    target = mean_probability_logits(jnp.float32(LOGITS), 2.0)
+    np.testing.assert_allclose(
+        np.exp(np.float64(target) / 2), reference.softmax(LOGITS / 2).mean(0), rtol=1e-5
+    )
+    assert mean_probability_logits(jnp.bfloat16(LOGITS), 2.0).dtype == jnp.float32
+
+
+def test_predictions():
+    predictions = make_method().predictions({"logits": jnp.float32(LOGITS)})
+    assert list(predictions) == ["sub_0", "sub_1", "sub_2", "ensemble", "probability_ensemble"]
+    mean = np.float64(predictions["probability_ensemble"])
+    np.testing.assert_allclose(np.exp(mean), reference.softmax(LOGITS).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(
+        predictions["ensemble"], [[1, 1, 2 / 3], [0, 1 / 3, 2 / 3]], atol=1e-6
+    )  # by hand

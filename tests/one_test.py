@@ -1,11 +1,13 @@
 """ONE: its gate, terms, gradients and a whole step, against NumPy in float64."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from conftest import draw_variables
 
+from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS, one
 from ffl_jax.subnetworks import build
 
@@ -73,14 +75,15 @@ def test_a_step(step):
 
 
 def test_which_gradient_reaches_what(step):
+    gradients = reference.term_gradients(step)
     for k, name in enumerate(NAMES):
         for term in ("cross_entropy", "distillation"):
-            gradient = reference.term_gradients(step, f"{term}/{name}")
+            gradient = gradients[f"{term}/{name}"]
             assert reference.largest(gradient["gate"]) == 0
             assert reference.largest(gradient["subnetworks"]["trunk"]) > 0
             for other in range(3):
                 assert (reference.largest(reference.branch(gradient, other)) > 0) == (other == k)
-    gradient = reference.term_gradients(step, "cross_entropy/fused")
+    gradient = gradients["cross_entropy/fused"]
     assert reference.largest(gradient["gate"]) > 0
     assert all(reference.largest(reference.branch(gradient, k)) > 0 for k in range(3))
 
@@ -98,3 +101,90 @@ def test_recipe():
     assert (config.subnetworks.num, config.subnetworks.shared_stages) == (3, 2)
     assert (config.optimizer.nesterov, config.optimizer.decay_epochs) == (False, (151, 225))
     assert (config.optimizer.weight_decay, config.data.pad_mode) == (1e-4, "zero")
+
+
+def make_method(num=3, network="tiny", classes=3, shared_stages=2, **settings):
+    return METHODS["one"](build(network, num, classes, shared_stages), classes, **settings)
+
+
+def run(module, params, model_state, images):
+    return module.apply({"params": params, **model_state}, images, True, mutable=["batch_stats"])[0]
+
+
+def draw(method):
+    """(parameters, statistics, images [6, 8, 8, 3], labels [6])."""
+    rng = np.random.default_rng(1)
+    images, labels = jnp.asarray(rng.normal(size=(6, 8, 8, 3))), jnp.asarray(rng.integers(0, 3, 6))
+    state = draw_variables(method, images)
+    return state.pop("params"), state, images, labels
+
+
+def test_gate_looks_at_the_trunk_by_the_statistics_of_the_batch():
+    with jax.enable_x64(True):
+        method = make_method()
+        params, state, images, _ = draw(method)
+
+        @reference.jit
+        def both(params):
+            outputs = run(method, params, state, images)
+            own = {"batch_stats": state["batch_stats"]["subnetworks"]}
+            trunk_map = run(method.subnetworks, params["subnetworks"], own, images)[0].trunk_map
+            own = {"batch_stats": state["batch_stats"]["gate"]}
+            return outputs, run(one.Gate(3), params["gate"], own, trunk_map)
+
+        outputs, gate = both(params)
+    np.testing.assert_allclose(outputs["gate"], gate, rtol=1e-10)
+    assert np.ptp(np.array(gate), axis=0).min() > 1e-3  # every example has its own
+    gate, logits = np.array(gate), np.array(outputs["logits"])
+    fused = [sum(gate[n, k] * logits[k, n] for k in range(3)) for n in range(6)]
+    np.testing.assert_allclose(outputs["fused_logits"], fused, rtol=1e-10)
+
+
+def test_trunk_takes_the_plain_sum_of_all_gradients():
+    """Along one direction through its parameters, against the difference of two cross-entropies."""
+    with jax.enable_x64(True):
+        method = make_method()
+        params, state, images, labels = draw(method)
+        rng = np.random.default_rng(3)
+        trunk = params["subnetworks"]["trunk"]
+        direction = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), trunk)
+
+        @reference.jit
+        @jax.value_and_grad
+        def loss(trunk):
+            moved = params | {"subnetworks": params["subnetworks"] | {"trunk": trunk}}
+            terms = method.objectives(run(method, moved, state, images), labels, jnp.float32(0))[1]
+            return sum(value for name, value in terms.items() if name.startswith("cross_entropy/"))
+
+        _, gradient = loss(trunk)
+        ends = [
+            float(loss(jax.tree.map(lambda x, d, step=step: x + step * d, trunk, direction))[0])
+            for step in (1e-6, -1e-6)
+        ]
+        products = jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)
+        slope = float(sum(jax.tree.leaves(products)))
+    assert abs(slope) > 1e-2
+    np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "settings", "weight"),  # exp(-5 (1 - e / 80)^2), NumPy in float64
+    [(0.9, {}, 0.006738), (40.9, {}, 0.286505), (80.0, {}, 1.0), (0.0, {"rampup_epochs": 0.0}, 1.0)],
+)
+def test_weight_is_constant_within_an_epoch(epoch, settings, weight):
+    outputs = {"logits": jnp.zeros((2, 2, 3)), "fused_logits": jnp.zeros((2, 3)), "gate": jnp.zeros((2, 2))}
+    _, terms = make_method(2, **settings).objectives(outputs, jnp.array([0, 2]), jnp.float32(epoch))
+    np.testing.assert_allclose(terms["distillation_weight"], weight, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shared_stages": 0}, r"ONE needs a shared trunk: its gate .*\.shared_stages to 1 or more, got 0"),
+        ({"network": "tiny+tiny_wide", "num": 2, "shared_stages": 0}, r"ONE does not mix different networks"),
+        ({"num": 1}, r"ONE takes at least 2 sub-network\(s\), got 1"),
+    ],
+)
+def test_refuses(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_method(**settings).check()

@@ -124,16 +124,22 @@ def loss_and_gradients(method, outputs: dict[str, np.ndarray], epoch: float = EP
     return float(loss), {name: float(x) for name, x in terms.items()}, gradients
 
 
-def term_gradients(step: Step, term: str):
-    """The gradient of one logged term by the parameters, in training mode."""
+def term_gradients(step: Step) -> dict:
+    """{term: gradient by the parameters} of every logged term, in training mode."""
 
     @jit
-    @jax.grad
-    def gradient(params):
-        _, terms = step.method.objectives(step._forward(params), step.batch["label"], jnp.asarray(EPOCH))
-        return terms[term]
+    def run(params):
+        def terms(params):
+            return step.method.objectives(step._forward(params), step.batch["label"], jnp.asarray(EPOCH))[1]
 
-    return gradient(step.params)
+        values, pullback = jax.vjp(terms, params)
+
+        def gradient(term):
+            return pullback({name: jnp.full_like(x, name == term) for name, x in values.items()})[0]
+
+        return {term: gradient(term) for term in values}
+
+    return run(step.params)
 
 
 def largest(tree) -> float:

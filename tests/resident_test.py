@@ -8,7 +8,9 @@ from ml_collections import ConfigDict
 
 from ffl_jax.data import resident
 
-SETTINGS = ConfigDict({"pad": 2, "flip": True, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)})
+SETTINGS = ConfigDict(
+    {"pad": 2, "pad_mode": "reflect", "flip": True, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
+)
 
 
 epoch_order = jax.jit(resident.epoch_order, static_argnums=(2, 3))
@@ -119,3 +121,25 @@ def test_train_batch_without_augmentation_is_the_images():
     batch = resident.train_batch(images, labels, np.arange(4), 0, 0, settings)
     expected = (images.astype(np.float64) / 255 - settings.mean) / np.array(settings.std)
     np.testing.assert_allclose(batch["image"], expected, rtol=1e-5, atol=2e-6)
+
+
+def test_views_are_augmented_apart():
+    """Each view is a draw of its own, and none hangs on how many there are."""
+    images, labels = make_split(12)
+
+    def draw(views):
+        return resident.train_batch(images, labels, np.arange(12), 0, 0, SETTINGS, views)
+
+    three, two = draw(3), draw(2)
+    assert three["image"].shape == (3, *images.shape)
+    np.testing.assert_array_equal(three["label"], labels)
+    np.testing.assert_array_equal(three["image"][:2], two["image"])
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        pairs = zip(three["image"][first], three["image"][second], strict=True)
+        assert sum(not np.array_equal(x, y) for x, y in pairs) > 8  # of 50 draws
+    # All of the same images: what is moved by 2 pixels and mirrored has no pixel of another one.
+    values = np.asarray(three["image"]) * np.array(SETTINGS.std) + np.array(SETTINGS.mean)
+    pixels = np.rint(255 * values).astype(int).reshape(3, 12, -1, 3)
+    for index, image in enumerate(images):
+        own = {tuple(pixel) for pixel in image.reshape(-1, 3).tolist()}
+        assert {tuple(pixel) for pixel in pixels[:, index].reshape(-1, 3).tolist()} <= own

@@ -31,6 +31,9 @@ from ffl_jax.errors import ConfigError, FFLError, ResourceError
 _PIECE = 32
 _BUFFERED = 2  # finished pieces that wait with each worker
 _SHARED_MEMORY = "/dev/shm"
+# Bytes from which an array goes through shared memory. The rest of a piece goes through a pipe, which takes
+# up to 4096 bytes as a whole: whoever waits for the rest of half a message of a killed worker waits forever.
+_SHARED_SIZE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,17 +171,21 @@ class _Pipeline:
             flags.FLAGS.mark_as_parsed()
         workers = min(workers, len(pieces) - start)
         _check_shared_memory(pieces, workers)
+        options = grain.experimental.DatasetOptions(min_shm_size=_SHARED_SIZE)
 
         def iterate(first: int):
             dataset = grain.MapDataset.source(pieces)[first :: max(workers, 1)]
-            reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BUFFERED)
+            dataset = dataset.to_iter_dataset(grain.ReadOptions(1, _BUFFERED))
+            dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
             processes = grain.MultiprocessingOptions(min(workers, 1), _BUFFERED)
-            return iter(dataset.to_iter_dataset(reading).mp_prefetch(processes, _begin_worker))
+            return iter(dataset.mp_prefetch(processes, _begin_worker))
 
         # A pipeline for each worker and not one for all, which would end them one after the other.
         self._iterators = [iterate(start + worker) for worker in range(max(workers, 1))]
         self._per_batch, self._workers, self._taken = pieces.per_batch, workers, 0
         if workers:
+            # The first call counts; Grain's own would let fifty arrays wait to be deleted, some for too long.
+            grain.multiprocessing.SharedMemoryArray.enable_async_del(max_outstanding_requests=1)
             for iterator in self._iterators:
                 iterator.get_state()  # makes the queues, but starts nothing
             with _signals_blocked():
@@ -214,7 +221,17 @@ class _Pipeline:
             list(executor.map(lambda iterator: iterator.close(), self._iterators))
         self._iterators = []
         if self._workers:
-            gc.collect()  # Grain leaves cycles that hold pieces in shared memory
+            _delete_shared_memory()
+
+
+def _delete_shared_memory():
+    """Frees the pieces that nobody takes any more now: at the end of the process it would be too late."""
+    import grain
+
+    gc.collect()  # Grain leaves cycles that hold them
+    pending = getattr(grain.multiprocessing.SharedMemoryArray, "_outstanding_del_requests", None)
+    if pending is not None and pending.acquire(timeout=5):
+        pending.release()
 
 
 def _check_shared_memory(pieces: _Pieces, workers: int):
