@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ffl_jax import steps
 from ffl_jax.models import NETWORKS, Network
 from ffl_jax.models.base import batch_norm, conv
 
@@ -45,13 +46,26 @@ NETWORKS.register("tiny_wide")(
 
 def draw_variables(module, inputs):
     """Variables of a module, all random: no norm is the identity, and nothing is compiled to draw them."""
+    tree = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), inputs)
+    return _draw(tree)
+
+
+def draw_state(method, optimizers, image_shape):
+    """A first `TrainState` with such variables, of the form that `steps.create_state` gives it."""
+    key = jax.random.key(0)
+    state = jax.eval_shape(lambda: steps.create_state(method, optimizers, key, image_shape))
+    drawn = {"params": _draw(state.params), "model_state": _draw(state.model_state), "rng": key}
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.replace(rng=jnp.zeros(())))
+    return zeros.replace(**drawn)
+
+
+def _draw(tree):
     rng = np.random.default_rng(0)
 
     def leaf(path, x):
         positive = path[-1].key in ("scale", "var")
         return jnp.asarray(rng.uniform(0.5, 1.5, x.shape) if positive else rng.normal(0, 0.2, x.shape))
 
-    tree = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), inputs)
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
@@ -92,8 +106,19 @@ class Commands:
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that the processes end together."""
-    slow = ("train_test", "main_test", "parallel_test", "ffl_test")
+    slow = (
+        *("method_test", "parallel_methods_test", "train_test", "data_streaming_test", "main_test"),
+        *("teachers_test", "ffsd_test", "parallel_test", "import_weights_test", "golden_test", "models_test"),
+        *("mfef_test", "kdcl_test", "afd_test", "feed_test", "models_mobile_test", "okddip_test", "ffl_test"),
+    )
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_programs_pile_up():
+    """A file's compiled programs go with it: all of them together take gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

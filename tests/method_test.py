@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from conftest import draw_state
 
 from configs import common
 from ffl_jax import methods, metrics, optimizers, steps
@@ -73,10 +74,7 @@ class Setup:
         # Compiling takes longer than running here.
         options = {"xla_backend_optimization_level": 0}
         self.train_step = jax.jit(self._train_step, compiler_options=options)
-        state = jax.jit(
-            lambda: steps.create_state(self.method, self.optimizers, key, SHAPE), compiler_options=options
-        )()
-        self.state = state
+        self.state = draw_state(self.method, self.optimizers, SHAPE)
         self.evaluate = jax.jit(self._evaluate, compiler_options=options)
         rng = np.random.default_rng(0)
         self.batch = {

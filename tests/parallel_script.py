@@ -5,7 +5,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import ROOT as ROOT  # registers the tiny networks
+from conftest import draw_state
 from method_test import RUN, configuration
 
 from configs import digits
@@ -18,16 +18,15 @@ def in_float64(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
 
 
-def main(path):
+def main(what, path):
     jax.config.update("jax_enable_x64", True)
-    results = ffl() | every_method()
-    np.savez(path, **results)
+    np.savez(path, **{"ffl": ffl, "every_method": every_method}[what]())
 
 
 def every_method():
     """{"METHOD DEVICES LEAF": array} after two steps on 1 and on 8 devices."""
     results = {}
-    for name, kind in dict(RUN).items():  # of each method the last kind that it runs on
+    for name, kind in dict(reversed(RUN)).items():  # of each method the first kind that it runs on
         config = configuration(name, kind)
         if "vmapped" in kind:  # as on a CPU: quicker to compile
             config.subnetworks.vectorize = False
@@ -67,7 +66,7 @@ def initial(method, config):
     made = optimizers.make_optimizers(
         method.trains, params, config.optimizer, config.optimizer_rules, steps_per_epoch=2, epochs=20
     )
-    return made, in_float64(jax.jit(lambda: steps.create_state(method, made, key, IMAGE_SHAPE))())
+    return made, in_float64(draw_state(method, made, IMAGE_SHAPE))
 
 
 def ffl():
@@ -104,4 +103,4 @@ def ffl():
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
