@@ -148,8 +148,8 @@ def test_a_turned_jpeg_is_cropped_upright():
         ((128, 144), 112, (8, 16, 120, 128)),
         # 64 -> 128: 2 pixels for each; of 192 x 128 the columns 40 .. 152 and rows 8 .. 120.
         ((96, 64), 112, (20, 4, 76, 60)),
-        # 73 = round(64 * 256 / 224); 150 x 146 -> 75 x 73, the columns round(5.5) = 6 .. 70, rows 4 .. 68.
-        ((150, 146), 64, (12, 8, 140, 136)),
+        # 73 = round(64 * 256 / 224); 151 x 146 -> 75 x 73, the columns round(5.5) = 6 .. 70, rows 4 .. 68.
+        ((151, 146), 64, (6 * 151 / 75, 8, 70 * 151 / 75, 136)),
     ],
 )
 def test_evaluation_sees_the_centre(shape, size, box):

@@ -1,6 +1,10 @@
 import io
 import os
+import pathlib
+import pickle
 import shutil
+import struct
+import zlib
 
 import ml_collections
 import numpy as np
@@ -49,6 +53,43 @@ def test_folder(root):
     np.testing.assert_array_equal(dataset.train.labels, [0, 1, 1])
     np.testing.assert_array_equal(dataset.test.images[:, 0, 0], [RED, BLUE])
     np.testing.assert_array_equal(dataset.test.labels, [0, 1])
+
+
+def test_val_is_the_test_split_where_there_is_no_test(root):
+    expected = data.load(make_config(root)).test
+    (root / "test").rename(root / "val")
+    actual = data.load(make_config(root)).test
+    np.testing.assert_array_equal(actual.images, expected.images)
+    np.testing.assert_array_equal(actual.labels, expected.labels)
+    save(root / "test/ant/other.png", GREEN)
+    save(root / "test/bee/other.png", GREEN)
+    np.testing.assert_array_equal(data.load(make_config(root)).test.images[:, 0, 0], [GREEN, GREEN])
+
+
+def test_streamed_files_are_those_in_memory(root):
+    loaded = data.load(make_config(root))
+    streamed = data.load(make_config(root, streaming=True, image_size=4, mean=(0.5,) * 3, std=(0.5,) * 3))
+    for split in ("train", "test"):
+        records, expected = getattr(streamed, split).records, getattr(loaded, split)
+        again = pickle.loads(pickle.dumps(records))  # as it comes to a worker
+        read = list(again.read(np.arange(len(records))[::-1]))[::-1]
+        images = [base.decode_image(encoded) for _, encoded, _ in read]
+        np.testing.assert_array_equal(images, expected.images)
+        np.testing.assert_array_equal([label for _, _, label in read], expected.labels)
+        assert all(where.startswith(f"{root}/{split}/") and os.path.isfile(where) for where, _, _ in read)
+
+
+def test_names_of_any_bytes_are_read(root):
+    """As Linux allows them: not UTF-8, and beyond ASCII."""
+    for name in (b"\xff.png", "ä.png".encode()):
+        os.rename(root / "train/ant/x.png", os.fsencode(root / "train/ant") + b"/" + name)
+        records = data.load(
+            make_config(root, streaming=True, image_size=4, mean=(0.5,) * 3, std=(0.5,) * 3)
+        ).train.records
+        ((where, encoded, label),) = records.read([0])
+        assert os.fsencode(where).endswith(name)
+        assert (label, encoded) == (0, pathlib.Path(where).read_bytes())
+        os.rename(where, root / "train/ant/x.png")
 
 
 def test_many_images_keep_their_order(tmp_path):
@@ -109,49 +150,144 @@ def test_downscaling_is_antialiased():
     assert np.abs(inside.astype(int) - 127).max() <= 2
 
 
-def grey_16_bit():
-    return Image.fromarray(np.array([[0, 257, 128 * 257, 65535]], np.uint16))
+def png(bit_depth, colour_type, rows, *chunks):
+    """A PNG file put together by hand (PNG specification, 11.2 and 11.3): Pillow does not write all kinds."""
+
+    def chunk(kind, content):
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    pixels = 8 * len(rows[0]) // (bit_depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour_type])
+    header = struct.pack(">IIBBBBB", pixels, len(rows), bit_depth, colour_type, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    middle = b"".join(chunk(kind, content) for kind, content in chunks)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + middle + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def palette(**options):
-    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "L").convert("P")
-    image.putpalette([*RED, *GREEN, *BLUE])
-    return encode(image, **options)
+GREY, WHITE, BLACK = (127,) * 3, (255,) * 3, (0,) * 3
+PALETTE = (b"PLTE", bytes([*RED, *GREEN, *BLUE]))
 
 
-@pytest.mark.parametrize(
-    ("encoded", "expected"),
-    [
-        (encode(Image.fromarray(np.array([[0, 9, 255]], np.uint8))), [(0,) * 3, (9,) * 3, (255,) * 3]),
-        (encode(grey_16_bit()), [(0,) * 3, (1,) * 3, (128,) * 3, (255,) * 3]),
-        (encode(Image.new("1", (1, 1), 1)), [(255,) * 3]),
-        (palette(), [RED, GREEN, BLUE]),
-        (palette(transparency=1), [RED, (255, 255, 255), BLUE]),
-        (encode(Image.new("RGBA", (1, 1), (9, 8, 7, 255))), [(9, 8, 7)]),
-        (encode(Image.new("RGBA", (1, 1), (9, 8, 7, 0))), [(255, 255, 255)]),
-        (encode(Image.new("LA", (1, 1), (9, 255))), [(9, 9, 9)]),
-    ],
-    ids=["grey", "16-bit", "1-bit", "palette", "transparent-palette", "opaque", "transparent", "grey-alpha"],
-)
-def test_every_kind_of_png_becomes_rgb(encoded, expected):
+def on_white(colour, alpha):
+    """alpha * colour + (1 - alpha) * white, rounded."""
+    return tuple(round((value * alpha + 255 * (255 - alpha)) / 255) for value in colour)
+
+
+PNGS = {
+    "grey": (png(8, 0, [bytes([0, 9, 255])]), [BLACK, (9,) * 3, WHITE]),
+    "1-bit": (png(1, 0, [b"\xa0"]), [WHITE, BLACK, WHITE, BLACK, BLACK, BLACK, BLACK, BLACK]),
+    # 0 .. 3 of 3: thirds of 255.
+    "2-bit": (png(2, 0, [b"\x1b"]), [BLACK, (85,) * 3, (170,) * 3, WHITE]),
+    # value / 257, for 65535 / 257 = 255.
+    "16-bit": (
+        png(16, 0, [struct.pack(">4H", 0, 257, 128 * 257, 65535)]),
+        [BLACK, (1,) * 3, (128,) * 3, WHITE],
+    ),
+    "16-bit-transparent": (
+        png(16, 0, [struct.pack(">2H", 128 * 257, 5 * 257)], (b"tRNS", struct.pack(">H", 128 * 257))),
+        [WHITE, (5,) * 3],
+    ),
+    "16-bit-colour": (png(16, 2, [struct.pack(">3H", 0, 257 * 9, 65535)]), [(0, 9, 255)]),
+    "colour": (png(8, 2, [bytes([9, 8, 7])]), [(9, 8, 7)]),
+    "transparent-colour": (
+        png(8, 2, [bytes([9, 8, 7, 1, 2, 3])], (b"tRNS", struct.pack(">3H", 9, 8, 7))),
+        [WHITE, (1, 2, 3)],
+    ),
+    "transparent-grey": (
+        png(8, 0, [bytes([0, 9])], (b"tRNS", struct.pack(">H", 9))),
+        [BLACK, WHITE],
+    ),
+    "palette": (png(8, 3, [bytes([0, 1, 2])], PALETTE), [RED, GREEN, BLUE]),
+    "transparent-palette": (
+        png(8, 3, [bytes([0, 1, 2])], PALETTE, (b"tRNS", bytes([255, 0, 100]))),
+        [RED, WHITE, on_white(BLUE, 100)],
+    ),
+    "grey-alpha": (
+        png(8, 4, [bytes([9, 255, 9, 0, 9, 51])]),
+        [(9,) * 3, WHITE, on_white((9,) * 3, 51)],
+    ),
+    "alpha": (
+        png(8, 6, [bytes([9, 8, 7, 255, 9, 8, 7, 0, 200, 100, 50, 51])]),
+        [(9, 8, 7), WHITE, on_white((200, 100, 50), 51)],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PNGS)
+def test_every_kind_of_png_becomes_rgb(kind):
+    encoded, expected = PNGS[kind]
     np.testing.assert_array_equal(base.decode_image(encoded), [expected])
 
 
-def test_cmyk_jpeg_becomes_rgb():
-    cyan = base.decode_image(encode(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", quality=100))
-    np.testing.assert_allclose(cyan, np.broadcast_to((0, 255, 255), (8, 8, 3)), atol=3)
+def jpeg_without_adobe(encoded):
+    """A JPEG file without its APP14 segment, by which Adobe says that the inks are inverted."""
+    start = encoded.index(b"\xff\xee")
+    length = struct.unpack(">H", encoded[start + 2 : start + 4])[0]
+    assert encoded[start + 4 :].startswith(b"Adobe")
+    return encoded[:start] + encoded[start + 2 + length :]
 
 
-def test_exif_orientation_is_applied():
-    """Orientation 6: the stored top row is shown as the right column (EXIF 2.3, tag 0x0112)."""
-    stored = Image.new("RGB", (16, 32), BLUE)
-    stored.paste(RED, (0, 0, 16, 16))
+@pytest.mark.parametrize(
+    ("inks", "expected"),
+    [
+        # (1 - ink) * (1 - black) of 255: without red, half as bright, and mixed.
+        ((255, 0, 0, 0), (0, 255, 255)),
+        ((0, 0, 0, 128), (127, 127, 127)),
+        ((51, 102, 0, 51), (163, 122, 204)),
+        ((0, 0, 0, 0), (255, 255, 255)),
+    ],
+)
+def test_cmyk_jpeg_becomes_rgb(inks, expected):
+    """Adobe's inks are stored inverted, as Pillow writes them; without the mark they mean themselves."""
+    adobe = encode(Image.new("CMYK", (8, 8), inks), "JPEG", quality=100)
+    inverted = encode(Image.new("CMYK", (8, 8), tuple(255 - ink for ink in inks)), "JPEG", quality=100)
+    for encoded in (adobe, jpeg_without_adobe(inverted)):
+        decoded = base.decode_image(encoded).astype(int)
+        np.testing.assert_allclose(decoded, np.broadcast_to(expected, (8, 8, 3)), atol=3)
+
+
+def test_other_formats_under_a_wrong_name_become_rgb():
+    image = Image.new("RGB", (2, 2), (9, 8, 7))
+    for file_format, options in (("BMP", {}), ("WEBP", {"lossless": True}), ("GIF", {})):
+        np.testing.assert_array_equal(
+            base.decode_image(encode(image, file_format, **options))[0, 0], (9, 8, 7)
+        )
+
+
+# What is seen at the top left, top right, bottom left and bottom right of an image whose stored corners, in
+# that order, are 0, 1, 2, 3 (EXIF 2.3, tag 0x0112: where the stored row 0 and column 0 are shown).
+ORIENTATIONS = {
+    1: (0, 1, 2, 3),
+    2: (1, 0, 3, 2),
+    3: (3, 2, 1, 0),
+    4: (2, 3, 0, 1),
+    5: (0, 2, 1, 3),
+    6: (2, 0, 3, 1),
+    7: (3, 1, 2, 0),
+    8: (1, 3, 0, 2),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_exif_orientation_is_applied(orientation):
+    colours = [RED, GREEN, BLUE, WHITE]
+    stored = Image.new("RGB", (32, 16))
+    for corner, colour in enumerate(colours):
+        left, top = 16 * (corner % 2), 8 * (corner // 2)
+        stored.paste(colour, (left, top, left + 16, top + 8))
     exif = Image.Exif()
-    exif[0x0112] = 6
-    shown = base.decode_image(encode(stored, "JPEG", exif=exif, quality=100))
-    assert shown.shape == (16, 32, 3)
-    np.testing.assert_allclose(shown[8, 28].astype(int), RED, atol=5)
-    np.testing.assert_allclose(shown[8, 4].astype(int), BLUE, atol=5)
+    exif[0x0112] = orientation
+    shown = base.decode_image(encode(stored, "JPEG", exif=exif, quality=100, subsampling=0)).astype(int)
+    assert shown.shape == ((32, 16, 3) if orientation >= 5 else (16, 32, 3))
+    seen = [shown[row, column] for row in (3, -4) for column in (3, -4)]
+    np.testing.assert_allclose(seen, [colours[corner] for corner in ORIENTATIONS[orientation]], atol=5)
+
+
+@pytest.mark.parametrize("exif", [b"no TIFF header", b"II*\0"])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_broken_exif_does_not_matter(file_format, exif):
+    encoded = encode(Image.new("RGB", (8, 8), GREY), file_format, exif=b"Exif\0\0" + exif)
+    np.testing.assert_allclose(base.decode_image(encoded)[4, 4].astype(int), GREY, atol=3)
 
 
 def damage(root, kind):

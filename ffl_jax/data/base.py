@@ -163,7 +163,10 @@ def to_rgb(image):
     if (turned := orientation(image)) in turns:
         image = image.transpose(turns[turned])
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255.
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+        values = np.asarray(image)
+        grey = np.rint(values / 257).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(grey)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

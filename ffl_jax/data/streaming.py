@@ -1,20 +1,17 @@
 """Datasets that do not fit in memory: read, decoded and cropped when they are needed, by worker processes.
 
-Grain hands numbered pieces of batches to the workers and keeps a few ready ahead of the device. What is in
-a piece is a pure function of (seed, epoch, position), so that a run may start anywhere, with any number of
+Grain hands numbered pieces of batches to the workers and keeps a few ready ahead of the device. What is in a
+piece is a pure function of (seed, epoch, position), so that a run may start anywhere, with any number of
 workers, and nothing of it has to be saved.
 """
 
 import concurrent.futures
 import contextlib
-import dataclasses
-import functools
 import gc
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 from multiprocessing import resource_tracker
 
@@ -23,12 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ffl_jax.data import augment, base, crops, resident
+from ffl_jax.data import augment, base, resident
+from ffl_jax.data import pieces as pieces_lib
 from ffl_jax.errors import ConfigError, FFLError, ResourceError
 
-# Images of a piece, which one worker makes at a time: few enough that all workers begin with the first batch
-# and that one stops within half a second, enough that handing it over costs nothing.
-_PIECE = 32
 _BUFFERED = 2  # finished pieces that wait with each worker
 _SHARED_MEMORY = "/dev/shm"
 # Bytes from which an array goes through shared memory. The rest of a piece goes through a pipe, which takes
@@ -36,135 +31,10 @@ _SHARED_MEMORY = "/dev/shm"
 _SHARED_SIZE = 1024
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pieces:
-    """The pieces of one process's share of all batches, in order, for Grain to index.
-
-    Attributes:
-      split: what is read.
-      batch_size: of all processes together.
-      process: (index, count): the rows of a batch that are this process's, an equal part of consecutive ones.
-    """
-
-    split: base.StreamedSplit
-    batch_size: int
-    process: tuple[int, int]
-
-    @property
-    def per_batch(self) -> int:
-        return -(-self._share // _PIECE)
-
-    @property
-    def _share(self) -> int:
-        return self.batch_size // self.process[1]
-
-    @property
-    def piece_bytes(self) -> int:
-        """At most, of one piece's images."""
-        return min(_PIECE, self._share) * int(np.prod(self.split.image_shape))
-
-    def _rows(self, number: int) -> tuple[int, np.ndarray]:
-        """(number of the batch, which rows of it) of a piece."""
-        batch, piece = divmod(number, self.per_batch)
-        first = self.process[0] * self._share
-        return batch, first + np.arange(piece * _PIECE, min((piece + 1) * _PIECE, self._share))
-
-    def _images(self, indices: np.ndarray, decode) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images, decode(index, encoded bytes) of each, and int32 labels."""
-        records = self.split.records
-        images, labels = [], []
-        read = records.read(self.split.positions[indices])
-        for index, (where, encoded, label) in zip(indices, read, strict=True):
-            with base.damage_named(where, encoded, records.remedy):
-                images.append(decode(index, encoded))
-            labels.append(label)
-        return np.stack(images), np.array(labels, np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class _TrainPieces(_Pieces):
-    """Attributes: seed, crop, flip: settings. views: of each image, or 0."""
-
-    seed: int
-    crop: str
-    flip: bool
-    views: int
-
-    @property
-    def piece_bytes(self):
-        return super().piece_bytes * (self.views or 1)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return resident.steps_per_epoch(len(self.split), self.batch_size)
-
-    def __len__(self):
-        return sys.maxsize  # one epoch after the other, as long as anyone asks
-
-    def __getitem__(self, number):
-        """(uint8 images [P, H, W, 3] or [P, views, H, W, 3], labels [P], places in the split [P])."""
-        step, rows = self._rows(number)
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, len(self.split))
-        indices = order[(position * self.batch_size + rows) % len(order)]
-        images, labels = self._images(indices, functools.partial(self._decode, epoch))
-        return images, labels, indices
-
-    def _decode(self, epoch, index, encoded):
-        size = self.split.image_size
-        if self.crop == "pad":  # the rest is done on the device
-            return base.decode_image(encoded, size)
-        generators = [_generator(self.seed, 1, epoch, index, view) for view in range(self.views or 1)]
-        images = crops.random_resized(encoded, size, generators, self.flip)
-        return images if self.views else images[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class _EvalPieces(_Pieces):
-    """Attributes: crop: setting."""
-
-    crop: str
-
-    @property
-    def batches(self) -> int:
-        return -(-len(self.split) // self.batch_size)
-
-    def __len__(self):
-        return self.batches * self.per_batch
-
-    def __getitem__(self, number):
-        """(uint8 images [P, H, W, 3], labels [P], weights [P]); what fills the last batch up is black."""
-        batch, rows = self._rows(number)
-        indices = batch * self.batch_size + rows
-        weights = (indices < len(self.split)).astype(np.float32)
-        images = np.zeros((len(rows), *self.split.image_shape), np.uint8)
-        labels = np.zeros(len(rows), np.int32)
-        count = int(weights.sum())
-        if count:
-            images[:count], labels[:count] = self._images(indices[:count], self._decode)
-        return images, labels, weights
-
-    def _decode(self, index, encoded):
-        return crops.evaluation_image(encoded, self.crop, self.split.image_size)
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    """A permutation, int32 [num_examples], drawn on the host."""
-    return _generator(seed, 0, epoch).permutation(num_examples).astype(np.int32)
-
-
-def _generator(seed: int, use: int, epoch: int, index: int = 0, view: int = 0) -> np.random.Generator:
-    """Random numbers of their own for each place: Philox counts, so that none needs the one before."""
-    # The lowest word is what drawing counts up.
-    counter = np.array([0, view, index, epoch], np.uint64)
-    return np.random.Generator(np.random.Philox(key=np.array([seed, use], np.uint64), counter=counter))
-
-
 class _Pipeline:
     """Pieces from number `start` on, made ahead by worker processes, or by a thread where there are none."""
 
-    def __init__(self, pieces: _Pieces, start: int, workers: int):
+    def __init__(self, pieces: pieces_lib.Pieces, start: int, workers: int):
         import grain
 
         if not flags.FLAGS.is_parsed():  # ours are parsed elsewhere; Grain's own are left at their defaults
@@ -234,7 +104,7 @@ def _delete_shared_memory():
         pending.release()
 
 
-def _check_shared_memory(pieces: _Pieces, workers: int):
+def _check_shared_memory(pieces: pieces_lib.Pieces, workers: int):
     """Raises ResourceError where finished pieces would not fit: the system kills who writes too many."""
     if not workers or not os.path.isdir(_SHARED_MEMORY):
         return
@@ -286,7 +156,7 @@ class TrainInput:
     def __init__(self, split: base.StreamedSplit, config, parallel, views: int):
         settings = config.data
         self._settings, self._seed, self._parallel, self._views = settings, config.seed, parallel, views
-        self._pieces = _TrainPieces(
+        self._pieces = pieces_lib.TrainPieces(
             split,
             config.batch_size,
             _process(config.batch_size),
@@ -337,7 +207,7 @@ class EvalInput:
         devices = parallel.num_devices * jax.process_count()
         batch_size = min(config.evaluation.batch_size, len(split))
         batch_size = -(-batch_size // devices) * devices
-        self._pieces = _EvalPieces(split, batch_size, _process(batch_size), config.data.crop)
+        self._pieces = pieces_lib.EvalPieces(split, batch_size, _process(batch_size), config.data.crop)
 
     def batches(self):
         pipeline = _Pipeline(self._pieces, 0, self._settings.workers)

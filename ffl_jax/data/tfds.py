@@ -76,9 +76,6 @@ class Records(base.Records):
     def __len__(self):
         return int(self._starts[-1])
 
-    def __getstate__(self):  # another process opens the files itself
-        return {name: value for name, value in self.__dict__.items() if name != "_files"}
-
     def labelled(self) -> bool:
         """Whether the first record has a label: those of imagenet2012's test split are -1."""
         return self._parse(0, self._fetch([0])[0])[1] != -1

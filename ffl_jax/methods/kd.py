@@ -29,6 +29,7 @@ class OfflineMethod(Method):
 
     headline = "student"
     num = (1, 1)
+    refuses_mixed = "it trains one student, and config.teachers.network names the teachers' networks"
 
     def predictions(self, outputs):
         predictions = {"student": outputs["logits"][0]}
