@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.losses import cross_entropy
+from ffl_jax.losses import at_least_float32, cross_entropy
 from ffl_jax.methods.base import METHODS
 from ffl_jax.methods.kd import OfflineMethod
 from ffl_jax.models.base import uniform
@@ -185,13 +185,13 @@ def feature_distance(x: jax.Array, target: jax.Array, reduction: str = "mean") -
 
 def _unit(x):
     """Every map over its L2 norm, which is taken as at least 1e-12."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = at_least_float32(x)
     # Not a norm, whose gradient at an all-zero map is not a number.
     return x * jax.lax.rsqrt(jnp.maximum((x**2).sum(axis=(1, 2, 3), keepdims=True), 1e-24))
 
 
 def _abs_difference(x, target):
-    return jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)) - target)
+    return jnp.abs(at_least_float32(x) - target)
 
 
 def _layer(x, features, name):

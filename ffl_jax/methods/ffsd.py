@@ -10,7 +10,7 @@ import numpy as np
 from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.losses import cross_entropy, kl_divergence, sigmoid_rampup
+from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence, sigmoid_rampup
 from ffl_jax.methods.base import METHODS, Method
 from ffl_jax.models.base import batch_norm, uniform
 from ffl_jax.modules import FusionModule, separable_conv
@@ -270,7 +270,7 @@ class Decoder(nn.Module):
 
 def attention(feature_map: jax.Array) -> jax.Array:
     """Mean square over the channels, in at least float32: [B, H, W, D] -> [B, H, W]."""
-    return jnp.square(_at_least_float32(feature_map)).mean(axis=-1)
+    return jnp.square(at_least_float32(feature_map)).mean(axis=-1)
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -280,7 +280,7 @@ def unit(x: jax.Array) -> jax.Array:
 
 def distance(x: jax.Array, y: jax.Array) -> jax.Array:
     """Mean squared difference of the two maps, each scaled to norm 1: [B, ...] -> [B]."""
-    x, y = _at_least_float32(x), _at_least_float32(y)
+    x, y = at_least_float32(x), at_least_float32(y)
     return jnp.square(unit(x) - unit(y)).mean(axis=range(1, x.ndim))
 
 
@@ -318,7 +318,3 @@ def _norm(x):
     # The maximum is within the root, whose derivative at 0 would make NaN of a gradient.
     squares = jnp.square(x).sum(axis=range(1, x.ndim), keepdims=True)
     return jnp.sqrt(jnp.maximum(squares, 1e-24))
-
-
-def _at_least_float32(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
