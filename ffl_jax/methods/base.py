@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.models import Network
@@ -158,3 +159,34 @@ class Method(nn.Module):
     def validation_state(self, sums: dict[str, jax.Array]) -> dict:
         """Pure. From the whole split's sums, the collections of the model state that it determines."""
         raise NotImplementedError
+
+
+class OfflineMethod(Method):
+    """One student of frozen teachers; `teacher_*` are scored beside it, and so is their mean, if several.
+
+    Its `__call__` returns `teacher_logits`, N times [B, C]: not stacked, so that the cost of one teacher's
+    prediction is not that of all.
+
+    Attributes:
+      teachers: a `Mixed` of N trained networks, always run with `train=False`.
+    """
+
+    teachers: nn.Module | None = None
+
+    headline = "student"
+    num = (1, 1)
+    refuses_mixed = "it trains one student, and config.teachers.network names the teachers' networks"
+
+    def predictions(self, outputs):
+        predictions = {"student": outputs["logits"][0]}
+        predictions |= dict(zip(self.teacher_names(), outputs["teacher_logits"], strict=True))
+        if self.teachers.num > 1:
+            predictions["teacher_ensemble"] = jnp.stack(outputs["teacher_logits"]).mean(axis=0)
+        return predictions
+
+    def subnetwork_names(self):
+        return ("student",)
+
+    def teacher_names(self) -> tuple[str, ...]:
+        """Names of the N teachers in order."""
+        return tuple(f"teacher_{i}" for i in range(self.teachers.num))

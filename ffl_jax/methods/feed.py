@@ -7,8 +7,7 @@ from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import at_least_float32, cross_entropy
-from ffl_jax.methods.base import METHODS
-from ffl_jax.methods.kd import OfflineMethod
+from ffl_jax.methods.base import METHODS, OfflineMethod
 from ffl_jax.models.base import uniform
 from ffl_jax.modules import adaptive_average_pool
 

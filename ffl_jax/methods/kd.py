@@ -1,54 +1,15 @@
 """Knowledge distillation from networks that were trained before: Hinton et al., 2015."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import cross_entropy, kl_divergence
-from ffl_jax.methods.base import METHODS, Method
+from ffl_jax.methods.base import METHODS, OfflineMethod
 
 VARIANTS = ("additive", "blend")
-
-
-class OfflineMethod(Method):
-    """One student of frozen teachers; `teacher_*` are scored beside it, and so is their mean, if several.
-
-    Its `__call__` returns `teacher_logits`, N times [B, C]: not stacked, so that the cost of one teacher's
-    prediction is not that of all.
-
-    Attributes:
-      teachers: a `Mixed` of N trained networks, always run with `train=False`.
-    """
-
-    teachers: nn.Module | None = None
-
-    headline = "student"
-    num = (1, 1)
-    refuses_mixed = "it trains one student, and config.teachers.network names the teachers' networks"
-
-    def predictions(self, outputs):
-        predictions = {"student": outputs["logits"][0]}
-        predictions |= dict(zip(self.teacher_names(), outputs["teacher_logits"], strict=True))
-        if self.teachers.num > 1:
-            predictions["teacher_ensemble"] = mean_logits(outputs["teacher_logits"])
-        return predictions
-
-    def subnetwork_names(self):
-        return ("student",)
-
-    def teacher_names(self) -> tuple[str, ...]:
-        """Names of the N teachers in order."""
-        return tuple(f"teacher_{i}" for i in range(self.teachers.num))
-
-
-def mean_logits(logits: Sequence[jax.Array]) -> jax.Array:
-    """N times [B, C] -> [B, C]."""
-    return jnp.stack(logits).mean(axis=0)
 
 
 @METHODS.register("kd")
@@ -101,7 +62,7 @@ class KD(OfflineMethod):
 
     def objectives(self, outputs, labels, epoch):
         logits = outputs["logits"][0]
-        target = stop_gradient(mean_logits(outputs["teacher_logits"]))
+        target = stop_gradient(jnp.stack(outputs["teacher_logits"]).mean(axis=0))
         ce = cross_entropy(logits, labels).mean()
         kd = kl_divergence(logits, target, self.temperature).mean()
         share = 1.0 if self.variant == "additive" else 1 - self.weight
