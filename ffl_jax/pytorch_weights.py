@@ -1,15 +1,11 @@
 """Published PyTorch weights as a checkpoint of this library: of FFL's released code and of FFSD's.
 
-A file is read as {"GROUP/NAME": array}; groups are the dictionaries that it nests ("state_dict", "weight"),
-or what stands before the last "/" of a name ("final/net"). A group with running statistics is a state dict.
-What names and shapes it must have follows from our own networks: each variable has one PyTorch name.
+What names and shapes a file must have follows from our own networks: each variable has one PyTorch name.
 """
 
 import dataclasses
 import functools
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ffl_jax import checkpoint, data, methods, outputs, steps, subnetworks
+from ffl_jax import checkpoint, data, methods, outputs, pytorch_files, steps, subnetworks
 from ffl_jax import config as config_lib
-from ffl_jax.errors import CheckpointError, ConfigError, FFLError
+from ffl_jax.errors import CheckpointError, ConfigError
 from ffl_jax.experiment import Experiment, run_record
 from ffl_jax.models import NETWORKS
 from ffl_jax.models.densenet import DenseNet
@@ -73,7 +69,7 @@ def load(source: str, paths: Sequence[str | Path], state: str = "", network: str
       CheckpointError: a file is missing, damaged, or holds other entries than the network has.
       ConfigError: a setting is wrong, or PyTorch is needed and not there.
     """
-    found = _state_dicts(paths, state)
+    found = pytorch_files.state_dicts(paths, state)
     return {"ffl-pytorch": _load_ffl, "ffsd": _load_ffsd}[source](found, network)
 
 
@@ -125,120 +121,15 @@ def _configured(config, weights):
     return config
 
 
-# -- files ---------------------------------------------------------------------------------------------------
-
-
-def read(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of a file, {"GROUP/NAME": array}; nothing in it is run."""
-    path = Path(path)
-    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
-    readers |= dict.fromkeys((".pth", ".pt", ".tar"), _read_pytorch)
-    if path.suffix not in readers:
-        raise ConfigError(f"--input={path}: give a file that ends in one of {', '.join(readers)}.")
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}: name the published weights with --input.")
-    try:
-        return readers[path.suffix](path)
-    except (FFLError, PermissionError):
-        raise
-    except Exception as error:  # zipfile, zlib, pickle, safetensors and PyTorch have a dozen types
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read: {reason}; download it again.") from error
-
-
-def _read_npz(path):
-    # NumPy would take another file for a pickle, and tell how to load that all the same.
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is not a whole .npz archive")
-    with np.load(path, allow_pickle=False) as archive:
-        return dict(archive.items())
-
-
-def _read_safetensors(path):
-    from safetensors.numpy import load_file
-
-    return load_file(path)
-
-
-def _read_pytorch(path):
-    try:
-        import torch
-    except ImportError:
-        raise ConfigError(
-            f"{path} can only be read with PyTorch, which is not installed: `pip install torch`, or convert "
-            "the file to .npz or .safetensors where it is."
-        ) from None
-    arrays = {}
-
-    def collect(prefix, value):
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                collect(f"{prefix}/{key}" if prefix else str(key), inner)
-        elif isinstance(value, torch.Tensor):
-            value = value.detach()
-            # NumPy knows no bfloat16.
-            arrays[prefix] = (value.float() if value.is_floating_point() else value).numpy()
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged, or holds more than weights, and a pickle of anything could run any program: "
-            "where you trust it, save the network's state_dict() alone."
-        ) from error
-    collect("", content)
-    return arrays
-
-
-def _state_dicts(paths, state):
-    """{"FILE" or "FILE:GROUP": {name: array}} of all state dicts, or of those in the group `state`."""
-    found, groups = {}, set()
-    for path in paths:
-        for name, value in read(path).items():
-            group, _, entry = name.rpartition("/")
-            if entry.endswith("num_batches_tracked"):
-                continue
-            groups.add(group)
-            if not state or f"{group}/".startswith(f"{state}/"):
-                found.setdefault(f"{path}:{group}".rstrip(":"), {})[entry] = value
-    if state and not found:
-        raise ConfigError(f"--state={state}: there is no such group; there are: {', '.join(sorted(groups))}.")
-    # Gradients and moments have names like parameters, but no running statistics.
-    found = {
-        where: entries
-        for where, entries in found.items()
-        if any(x.endswith(".running_mean") for x in entries)
-    }
-    for where, entries in found.items():
-        if all(name.startswith("module.") for name in entries):  # written from within DataParallel
-            found[where] = {name.removeprefix("module."): value for name, value in entries.items()}
-    return found
-
-
-def _pick(found, what, *patterns):
-    """(where, state dict) of the only one that has names beginning with each of the patterns."""
-    fitting = [
-        where
-        for where, entries in found.items()
-        if all(any(re.match(pattern, name) for name in entries) for pattern in patterns)
-    ]
-    if not fitting:
-        raise CheckpointError(f"--input has no {what}, but {', '.join(found) or 'no state dict at all'}.")
-    if len(fitting) > 1:
-        raise ConfigError(
-            f"--input has more than one {what}: {', '.join(fitting)}; give one file, and choose one of its "
-            "groups, named after the colon, with --state=GROUP."
-        )
-    return fitting[0], found[fitting[0]]
-
-
 # -- the two codes -------------------------------------------------------------------------------------------
 
 
 def _load_ffl(found, network):
     """FFL: a shared trunk, K branches "layer3_k" and heads "classfier3_k" (so spelt), and a fusion module."""
-    where, net = _pick(found, "network of FFL (with classfier3_1.weight)", r"classfier3_1\.weight")
-    fusion_where, fusion = _pick(
+    where, net = pytorch_files.pick(
+        found, "network of FFL (with classfier3_1.weight)", r"classfier3_1\.weight"
+    )
+    fusion_where, fusion = pytorch_files.pick(
         found,
         "fusion module of FFL (with conv1_1.weight and fc2.weight); the released code writes it to a file of "
         "its own, a second --input",
@@ -269,7 +160,9 @@ def _ffl_name(path, k):
 
 def _load_ffsd(found, network):
     """FFSD: one student, or a leader, whose trans-fusion module is left out."""
-    where, entries = _pick(found, "network of FFSD (with fc.weight or linear.weight)", r"(fc|linear)\.weight")
+    where, entries = pytorch_files.pick(
+        found, "network of FFSD (with fc.weight or linear.weight)", r"(fc|linear)\.weight"
+    )
     left_out = tuple(name for name in entries if name.startswith("trans_fusion_module."))
     entries = {name: value for name, value in entries.items() if name not in left_out}
     network = network or _recognised(where, _ffsd_network(entries))

@@ -21,6 +21,7 @@ from ffl_jax import (
     import_weights,
     methods,
     outputs,
+    pytorch_files,
     pytorch_weights,
     subnetworks,
 )
@@ -71,7 +72,7 @@ def draw(shapes):
 
 def load(monkeypatch, content, source="ffsd", **options):
     """Loads weights as if a file held `content`."""
-    monkeypatch.setattr(pytorch_weights, "read", lambda path: dict(content))
+    monkeypatch.setattr(pytorch_files, "read", lambda path: dict(content))
     return pytorch_weights.load(source, ["weights.npz"], **options)
 
 
