@@ -19,6 +19,9 @@ def prediction_costs(method, params, model_state, image_shape) -> dict[str, dict
     state; not batch statistics. `flops` is XLA's count, with a multiply-add as two.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    if getattr(method.subnetworks, "vectorize", False):
+        # One after another, what a prediction does not need falls away.
+        method = method.clone(subnetworks=method.subnetworks.clone(vectorize=False))
 
     def predictions(params, model_state, images):
         return method.predictions(method.apply({"params": params, **model_state}, images, train=False))
@@ -52,12 +55,21 @@ def _network_cost(method, params, model_state, images, prediction):
 
 def _cost(function, params, model_state, images):
     jaxpr = jax.make_jaxpr(function)(params, model_state, images).jaxpr
-    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     leaves = jax.tree_util.tree_leaves_with_path(({"params": params}, model_state, images))
     parameters = sum(
-        math.prod(leaf.shape)
-        for (path, leaf), is_used in zip(leaves, used, strict=True)
-        if is_used and jax.tree_util.DictKey("params") in path
+        _used_numbers(jaxpr, variable)
+        for (path, _), variable in zip(leaves, jaxpr.invars, strict=True)
+        if jax.tree_util.DictKey("params") in path
     )
     analysis = jax.jit(function).lower(params, model_state, images).cost_analysis() or {}
     return {"parameters": parameters, "flops": int(analysis.get("flops", 0)) or None}
+
+
+def _used_numbers(jaxpr, variable):
+    """How many numbers of an input are used: of stacked copies, those of the copies that are taken out."""
+    uses = [equation for equation in jaxpr.eqns if variable in equation.invars]
+    if not all(equation.primitive.name == "slice" for equation in uses):
+        return math.prod(variable.aval.shape)
+    copies = {equation.params["start_indices"]: equation.outvars[0].aval.shape for equation in uses}
+    return sum(math.prod(shape) for shape in copies.values())

@@ -352,6 +352,7 @@ def test_what_its_predictions_cost():
     costs = prediction_costs(method, params, state, (8, 8, 3))
     # Tiny: 3x3 convolutions 3 -> 4 -> 8 -> 16, norms, and a head of 3 classes.
     assert costs["leader"]["parameters"] == 9 * (12 + 32 + 128) + 2 * (4 + 8 + 16) + 16 * 3 + 3
+    assert costs["ensemble"]["parameters"] == 3 * costs["leader"]["parameters"]
     np.testing.assert_allclose(costs["ensemble"]["flops"], 3 * costs["leader"]["flops"], rtol=0.02)
 
 
