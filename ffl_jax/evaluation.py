@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ffl_jax import checkpoint, data, metrics, steps
+from ffl_jax import checkpoint, data, metrics, preemption, steps
 from ffl_jax import config as config_lib
 from ffl_jax import parallel as parallel_lib
 from ffl_jax.errors import ConfigError
@@ -32,10 +32,13 @@ class Sweep:
         self._program = parallel.map(add, sharded_argnums=(2,) if inputs.sharded else ())
 
     def __call__(self, state: steps.TrainState):
-        """The sums of a replicated state, replicated; the state stays as it is."""
+        """The sums of a replicated state, replicated; None if a signal came. The state stays as it is."""
         sums = self._zero
         for arrays in self._input.batches():
-            sums = self._program(sums, (state.params, state.model_state), arrays)
+            if preemption.requested():
+                return None
+            finished, sums = sums, self._program(sums, (state.params, state.model_state), arrays)
+            jax.block_until_ready(finished)  # one batch ahead, so that a signal need not wait for more
         return sums
 
 
@@ -47,9 +50,12 @@ class Evaluator:
         self._sweep = Sweep(steps.eval_step, method, split, config, parallel)
         self._parallel = parallel
 
-    def __call__(self, state: steps.TrainState) -> dict[str, dict[str, float]]:
-        """{prediction: scores} of a replicated state; the state stays as it is."""
-        sums = jax.device_get(self._parallel.fetch(self._sweep(state)))
+    def __call__(self, state: steps.TrainState) -> dict[str, dict[str, float]] | None:
+        """{prediction: scores} of a replicated state; None if a signal came. The state stays as it is."""
+        sums = self._sweep(state)
+        if sums is None:
+            return None
+        sums = jax.device_get(self._parallel.fetch(sums))
         return {name: metrics.classification_scores(one) for name, one in sums.items()}
 
 

@@ -205,6 +205,8 @@ class _Run:
                 return step
             if position == 0:
                 state = before_epoch(state)
+                if preemption.requested():
+                    continue
             if batches is None or position == 0:
                 batches = inputs.batches(epoch, position)
             state = train_step(state, next(batches))
@@ -243,7 +245,12 @@ class _Run:
             return state.replace(model_state={**state.model_state, **method.validation_state(sums)})
 
         program = self.parallel.map(update, donate_argnums=(0,))
-        return lambda state: program(state, sweep(state))
+
+        def before_epoch(state):
+            sums = sweep(state)
+            return state if sums is None else program(state, sums)
+
+        return before_epoch
 
     def record(self, state, step: int, log, progress):
         """Writes the line for the steps since the last one; raises if one of them was not finite."""
@@ -260,9 +267,15 @@ class _Run:
             log.write_speed(step, progress.images_per_second)
 
     def evaluate(self, evaluators, state, step: int, log, writers):
-        """Scores every split, draws the curves, keeps the state if it is the best on the validation split."""
+        """Scores every split, draws the curves, keeps the state if it is the best on the validation split.
+
+        A signal ends it early, and nothing is kept: the continued run begins with it again.
+        """
         epoch = step / self.experiment.steps_per_epoch
-        self.scores = {split: evaluator(state) for split, evaluator in evaluators.items()}
+        scores = {split: evaluator(state) for split, evaluator in evaluators.items()}
+        if None in scores.values():
+            return
+        self.scores = scores
         for split, scores in self.scores.items():
             log.write(step, epoch, split, _by_name(scores))
             shown = "  ".join(f"{name} {100 * one['top1']:.2f}%" for name, one in scores.items())

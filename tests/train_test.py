@@ -1,5 +1,6 @@
 """Whole runs as users start them: killed, stopped and moved ones must end like one that was left alone."""
 
+import itertools
 import json
 import pathlib
 import random
@@ -278,10 +279,14 @@ def test_nothing_is_compiled_after_the_first_evaluation(tmp_path, monkeypatch):
     assert counts[69, "test"] == counts[26, "train"]
 
 
-def test_stopped_before_the_last_evaluation(tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", [0, 2])
+def test_stopped_before_or_within_the_last_evaluation(tmp_path, monkeypatch, asked):
     """A signal at the last step saves it unevaluated; the next start evaluates, then the run is complete."""
     settings = digits.get_config("epochs=1")
-    monkeypatch.setattr(preemption, "requested", lambda: (tmp_path / "metrics.jsonl").stat().st_size > 0)
+    settings.evaluation.batch_size = 100  # asked before the first batch and each of the others
+    answers = itertools.chain([False] * asked, itertools.repeat(True))
+    log = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(preemption, "requested", lambda: log.stat().st_size > 0 and next(answers))
     with pytest.raises(errors.Preempted):
         train.train(settings, tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "preempted"
@@ -290,9 +295,9 @@ def test_stopped_before_the_last_evaluation(tmp_path, monkeypatch):
     summary = train.train(settings, tmp_path)
     assert summary["status"] == "completed"
     assert checkpoint.load_run(tmp_path / "checkpoints", 23)["evaluated_step"] == 23
-    log = (tmp_path / "metrics.jsonl").read_bytes()
+    content = log.read_bytes()
     assert train.train(settings, tmp_path) == summary
-    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+    assert log.read_bytes() == content
 
 
 def test_no_room_for_checkpoints(tmp_path, monkeypatch):
