@@ -50,5 +50,18 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def unit(x: jax.Array) -> jax.Array:
+    """Every example divided by its L2 norm, in at least float32: [B, ...] -> [B, ...]."""
+    x = at_least_float32(x)
+    return x / l2_norm(x)
+
+
+def l2_norm(x: jax.Array) -> jax.Array:
+    """The norm of every example, or 1e-12 if that is larger: [B, ...] -> [B, 1, ...]."""
+    # The maximum is within the root, whose derivative at 0 would make NaN of a gradient.
+    squares = jnp.square(x).sum(axis=range(1, x.ndim), keepdims=True)
+    return jnp.sqrt(jnp.maximum(squares, 1e-24))
+
+
 def _log_softmax(logits, temperature=1.0):
     return jax.nn.log_softmax(at_least_float32(logits) / temperature)

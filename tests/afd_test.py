@@ -7,18 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables
+from conftest import draw_variables, jit
+from reference import check_reach, first_state
 
 from configs import common
-from ffl_jax import optimizers, steps
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS, build
 from ffl_jax.methods.afd import Discriminator, Transfer
 from ffl_jax.subnetworks import build as build_subnetworks
 
 AFD = METHODS["afd"]
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 LOGITS = np.array([[[2, 1, 0], [0, 0.5, 1.5]], [[1, 3, -1], [1, 0, 2]], [[0, 0, 2], [-1, 1, 0]]], float)
 LABELS = np.array([0, 2])
@@ -290,22 +288,6 @@ def test_losses_take_the_mean_over_patches():
     np.testing.assert_allclose(scalars["discriminator"], 4 * mean, rtol=1e-5)
 
 
-def parts_of(gradient, num):
-    """{part: gradients} with stages and head of every sub-network, transfers, discriminators, trunk."""
-    subnetworks = gradient["subnetworks"]
-    parts = {name: tree for name, tree in gradient.items() if name != "subnetworks"}
-    if "trunk" in subnetworks:
-        parts["trunk"] = subnetworks["trunk"]
-    for k in range(num):
-        if "branches" in subnetworks:
-            own = jax.tree.map(lambda leaf, k=k: leaf[k], subnetworks["branches"])
-        else:
-            own = dict(subnetworks[f"networks_{k}"])
-        parts[f"head_{k}"] = own.pop("head")
-        parts[f"stages_{k}"] = own
-    return parts
-
-
 KINDS = {
     "trunk of three, vmapped": {"num": 3, "shared_stages": 1, "vectorize": True},
     "mixed": {"network": "tiny+tiny_wide", "num": 2},
@@ -341,10 +323,7 @@ def test_which_gradient_reaches_what(kind):
             "discrimination": (f"discriminators_{k}",),
         }.get(term, (f"stages_{k}", f"head_{k}", "trunk"))
         seed = {other: jnp.float32(other == name) for other in names}
-        for part, values in parts_of(gradient(variables["params"], seed), num).items():
-            for path, leaf in jax.tree_util.tree_leaves_with_path(values):
-                where = f"{name} -> {part}{jax.tree_util.keystr(path)}"
-                assert np.any(leaf) == (part in own), where
+        check_reach(gradient(variables["params"], seed), num, own, name)
 
 
 def adam_step(weight, gradient, moments, step, rate, decay):
@@ -358,7 +337,7 @@ def adam_step(weight, gradient, moments, step, rate, decay):
 
 def test_two_whole_steps():
     """SGD, then Adam for the bodies, then Adam for the discriminators, by the published recipe's settings."""
-    # By another's NumPy, float64: a weight of 1 after gradients 0.05 and -0.02.
+    # A figure of its own, NumPy in float64: a weight of 1 after gradients 0.05 and -0.02.
     weight, moments = adam_step(1.0, 0.05, (0.0, 0.0), 1, 2e-5, 0.1)
     np.testing.assert_allclose(adam_step(weight, -0.02, moments, 2, 2e-5, 0.1)[0], 0.9999611705, atol=1e-10)
 
@@ -370,20 +349,9 @@ def test_two_whole_steps():
         batch = {"image": images, "label": labels}
         variables = draw_variables(method, images)
         params = variables["params"]
-        transformations = optimizers.make_optimizers(
-            method.trains, params, config.optimizer, config.optimizer_rules, 2, 300
-        )
-        state = steps.TrainState(
-            jnp.int32(0),
-            params,
-            {"batch_stats": variables["batch_stats"]},
-            jit(lambda params: {name: x.init(params) for name, x in transformations.items()})(params),
-            jax.random.key(0),
-            steps.zero_record(method, params, {"batch_stats": variables["batch_stats"]}, (8, 8, 3)),
-        )
-        run = jit(
-            functools.partial(steps.train_step, method=method, optimizers=transformations, steps_per_epoch=2)
-        )
+        model_state = {"batch_stats": variables["batch_stats"]}
+        state, run = first_state(method, config, params, model_state)
+        run = jit(run)
 
         @jit
         @jax.grad
@@ -399,8 +367,8 @@ def test_two_whole_steps():
         moments = {path: (0.0, 0.0) for path in expected}
         for step in (1, 2):
             slopes = {}
-            for name in transformations:
-                weights = {other: float(other == name) for other in transformations}
+            for name in method.trains:
+                weights = {other: float(other == name) for other in method.trains}
                 tree = gradient(state.params, state.model_state["batch_stats"], weights)
                 slopes[name] = {
                     path_of(path): np.array(leaf) for path, leaf in jax.tree.leaves_with_path(tree)

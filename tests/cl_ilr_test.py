@@ -22,8 +22,8 @@ def gradient_by_logits(logits, temperature, ce_weight, kd_weight):
     gradient, terms, loss = np.empty_like(logits), [], 0.0
     for k in range(len(logits)):
         target = np.mean([z for other, z in enumerate(logits) if other != k], axis=0)
-        ce, by_ce = reference.cross_entropy(logits[k])
-        kd, by_kd, _ = reference.kl_divergence(logits[k], target, temperature)
+        ce, by_ce = reference.cross_entropy_slope(logits[k])
+        kd, by_kd, _ = reference.kl_divergence_slopes(logits[k], target, temperature)
         gradient[k] = ce_weight * by_ce + kd_weight * by_kd
         terms.append((ce, kd))
         loss += ce_weight * ce + kd_weight * kd

@@ -17,6 +17,8 @@ from ffl_jax.models import NETWORKS, Network
 from ffl_jax.models.base import batch_norm, conv
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Compiling takes longer than running here.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Tiny(Network):

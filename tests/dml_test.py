@@ -53,10 +53,10 @@ def test_loss_and_gradient(num, variant, temperature, normalize):
     loss, terms, gradients = reference.loss_and_gradients(method, {"logits": logits})
     expected, total = np.empty_like(logits), 0.0
     for k, name in enumerate(NETWORKS[:num]):
-        ce, expected[k] = reference.cross_entropy(logits[k])
+        ce, expected[k] = reference.cross_entropy_slope(logits[k])
         of = targets(logits, k, variant, temperature)
         share = 1 / len(of) if normalize else 1
-        pairs = [reference.kl_divergence(logits[k], target, temperature) for target in of]
+        pairs = [reference.kl_divergence_slopes(logits[k], target, temperature) for target in of]
         kd = share * sum(value for value, _, _ in pairs)
         expected[k] += share * sum(gradient for _, gradient, _ in pairs)
         np.testing.assert_allclose(terms[f"cross_entropy/{name}"], ce, rtol=1e-10)
@@ -97,9 +97,9 @@ def test_a_step(step):
     logits = np.asarray(step.outputs["logits"])
     by_logits = np.empty_like(logits)
     for k in range(3):
-        _, by_logits[k] = reference.cross_entropy(logits[k])
+        _, by_logits[k] = reference.cross_entropy_slope(logits[k])
         for target in targets(logits, k, "pairwise", 1.0):
-            by_logits[k] += reference.kl_divergence(logits[k], target, 1.0)[1] / 2
+            by_logits[k] += reference.kl_divergence_slopes(logits[k], target, 1.0)[1] / 2
     step.check_sgd(step.gradients({"logits": by_logits}), nesterov=True)
 
 

@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables
+from conftest import draw_variables, jit
+from reference import first_state
 
 from configs import cifar10, cifar100, common
-from ffl_jax import methods, optimizers, steps
+from ffl_jax import methods, steps
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods.feed import Paraphraser, Translator, feature_distance
-
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 BATCH, SHAPE = 6, (8, 8, 3)
 
@@ -95,21 +93,25 @@ def test_gradient_of_the_distance(target):
 
 def test_distance_does_not_see_the_scale():
     rng = np.random.default_rng(0)
-    x, target = (jnp.asarray(rng.uniform(size=(2, 4, 4, 5)), jnp.float32) for _ in range(2))
+    x, target = rng.uniform(size=(2, 2, 4, 4, 5))
 
     @jit
     def evaluate(x, target):
         distance, pullback = jax.vjp(lambda x: feature_distance(x, target, "sum"), x)
-        return distance, pullback(jnp.ones(2))[0]
+        return distance, pullback(jnp.ones_like(distance))[0]
 
-    distance, gradient = evaluate(x, target)
+    with jax.enable_x64(True):
+        distance, gradient = jax.device_get(evaluate(x, target))
+        scaled = [
+            (*jax.device_get(evaluate(factor * x, other * target)), factor)
+            for factor, other in ((1, 7), (7, 1))
+        ]
     assert (distance > 0.1).all()
     assert (distance <= np.sqrt(2 * 80)).all()  # of maps without negative values
-    for scaled, by_scaled, factor in ((*evaluate(x, 7 * target), 1), (*evaluate(7 * x, target), 7)):
-        np.testing.assert_allclose(scaled, distance, rtol=1e-6)
-        np.testing.assert_allclose(by_scaled * factor, gradient, rtol=1e-4, atol=1e-6)
-    inner = np.einsum("bhwd,bhwd->b", np.float64(gradient), np.float64(x))
-    np.testing.assert_allclose(inner, 0, atol=1e-6)
+    for same, by_scaled, factor in scaled:
+        np.testing.assert_allclose(same, distance, rtol=1e-12)
+        np.testing.assert_allclose(by_scaled * factor, gradient, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(np.einsum("bhwd,bhwd->b", gradient, x), 0, atol=1e-13)
 
 
 @pytest.mark.parametrize("zero", ["map", "target", "both"])
@@ -383,18 +385,7 @@ def make_state(config, initial=False):
     if initial:
         initialize = jit(functools.partial(steps.init_variables, method, image_shape=SHAPE))
         params, model_state = initialize(jax.random.key(config.seed))
-    transformations = optimizers.make_optimizers(
-        method.trains, params, config.optimizer, config.optimizer_rules, 10, config.epochs
-    )
-    state = steps.TrainState(
-        step=jnp.int32(0),
-        params=params,
-        model_state=model_state,
-        opt_state={name: one.init(params) for name, one in transformations.items()},
-        rng=jax.random.key(0),
-        record=steps.zero_record(method, params, model_state, SHAPE),
-    )
-    step = functools.partial(steps.train_step, method=method, optimizers=transformations, steps_per_epoch=10)
+    state, step = first_state(method, config, params, model_state, SHAPE)
     return method, state, jit(step), {"image": images, "label": jnp.arange(BATCH) % 3}
 
 

@@ -7,19 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Tiny, draw_variables
+from conftest import Tiny, draw_variables, jit
 
 from configs import common
 from ffl_jax import config as config_lib
 from ffl_jax import methods, optimizers, steps
 from ffl_jax.errors import ConfigError
-from ffl_jax.methods.ffsd import Decoder, TransFusionHead, attention, distance, shift, unit
+from ffl_jax.losses import unit
+from ffl_jax.methods.ffsd import Decoder, TransFusionHead, attention, distance, shift
 from ffl_jax.modules import FusionModule
 from ffl_jax.subnetworks import Stacked, build
 
 FFSD = methods.METHODS["ffsd"]
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # Two maps of 3x3 pixels and 2 channels each.
 X = np.array([1.0, 0, 2, 1, 0, 1, 1, 1, 3, 0, 0, 2, 1, 2, 2, 2, 0, 0]).reshape(1, 3, 3, 2)

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import jit
 from safetensors.numpy import save_file
 
 from ffl_jax import (
@@ -30,8 +31,6 @@ from ffl_jax.data import digits
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 from ffl_jax.experiment import Experiment
 
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 DATA = Path(__file__).parent / "data"
 # {network: {name: shape}} of the state dicts of FFSD's released code.
 SHAPES = json.loads(gzip.decompress((DATA / "ffsd_state_dicts.json.gz").read_bytes()))

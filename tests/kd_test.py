@@ -1,20 +1,16 @@
 """Knowledge distillation: its loss in numbers, what it moves, and what it shows of its teachers."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables
+from conftest import draw_variables, jit
+from reference import first_state
 
 from configs import cifar10, cifar100, common
-from ffl_jax import methods, optimizers, steps
+from ffl_jax import methods, steps
 from ffl_jax.errors import ConfigError
-
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 LOGITS = np.array([[[1.0, 2, 3], [0, 0, 0]]])
 TEACHERS = np.array([[[3.0, 1, 0], [1, -1, 0]], [[2, 0, -1], [1, 1, 0]]])
@@ -141,18 +137,9 @@ def test_a_step_of_the_recipe():
     method = methods.build(config, 3)
     variables, images = draw(method)
     params = variables["params"]
-    transformations = optimizers.make_optimizers(
-        method.trains, params, config.optimizer, config.optimizer_rules, 10, config.epochs
-    )
     batch = {"image": images, "label": jnp.arange(BATCH) % 3}
-    state = steps.TrainState(
-        step=jnp.int32(0),
-        params=params,
-        model_state={"batch_stats": variables["batch_stats"]},
-        opt_state={name: one.init(params) for name, one in transformations.items()},
-        rng=jax.random.key(0),
-        record=steps.zero_record(method, params, {"batch_stats": variables["batch_stats"]}, SHAPE),
-    )
+    model_state = {"batch_stats": variables["batch_stats"]}
+    state, step = first_state(method, config, params, model_state, SHAPE)
 
     @jit
     def gradient(params):
@@ -164,9 +151,7 @@ def test_a_step_of_the_recipe():
 
         return jax.grad(loss)(params)
 
-    after = jit(
-        functools.partial(steps.train_step, method=method, optimizers=transformations, steps_per_epoch=10)
-    )(state, batch)
+    after = jit(step)(state, batch)
     chex.assert_trees_all_equal(after.params["teachers"], params["teachers"])
     expected = jax.tree.map(
         lambda p, g: np.float64(p) - 0.1 * 1.9 * (np.float64(g) + 1e-4 * np.float64(p)),

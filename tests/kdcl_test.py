@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables
+from conftest import draw_variables, jit
+from reference import check_reach, cross_entropy, first_state, kl_divergence, slopes, softmax
 
 from configs import cifar100, common, digits
-from ffl_jax import checkpoint, optimizers, steps, train
+from ffl_jax import checkpoint, train
 from ffl_jax import config as config_lib
 from ffl_jax.data import augment
 from ffl_jax.errors import ConfigError
@@ -22,8 +23,6 @@ from ffl_jax.subnetworks import Stacked
 from ffl_jax.subnetworks import build as build_subnetworks
 
 KDCL = METHODS["kdcl"]
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 LOGITS = np.array([[[1.0, 2, 3], [0, 0, 0]], [[2, 0, -1], [1, 1, 0]], [[0, 1, 0], [-1, 0, 2]]])
 LABELS = np.array([0, 2])
@@ -32,19 +31,6 @@ WEIGHTS = np.array([0.75, 0.5, -0.25])
 
 def make_method(num=3, network="tiny", classes=3, shared_stages=0, vectorize=False, **settings):
     return KDCL(build_subnetworks(network, num, classes, shared_stages, vectorize), classes, **settings)
-
-
-def softmax(x):
-    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
-
-
-def cross_entropy(logits, labels):
-    return -np.log(softmax(logits)[..., np.arange(len(labels)), labels])
-
-
-def kl_divergence(logits, target, temperature):
-    p, q = softmax(logits / temperature), softmax(target / temperature)
-    return temperature**2 * (q * np.log(q / p)).sum(-1)
 
 
 def bisect(logits, labels):
@@ -313,19 +299,15 @@ def test_a_term_moves_its_own_network_alone(kind):
             )
             return method.objectives(outputs, labels, jnp.float32(0))[1]
 
-        return jax.vjp(terms, params)[1](seed)[0]["subnetworks"]
+        return jax.vjp(terms, params)[1](seed)[0]
 
     names = [f"{what}/sub_{k}" for what in ("cross_entropy", "distillation") for k in range(num)]
     names.append("cross_entropy/target")
     for term in names:
         gradient = gradients(params, {name: jnp.float32(name == term) for name in names})
-        for k in range(num):
-            if "branches" in gradient:
-                own = jax.tree.map(lambda leaf, k=k: leaf[k], gradient["branches"])
-            else:
-                own = gradient[f"networks_{k}"]
-            for path, leaf in jax.tree_util.tree_leaves_with_path(own):
-                assert np.any(leaf) == term.endswith(f"sub_{k}"), f"{term} -> {k}{jax.tree_util.keystr(path)}"
+        learner = term.split("_")[-1]  # the target's cross-entropy has none
+        own = (f"stages_{learner}", f"head_{learner}")
+        check_reach(gradient, num, own, term)
 
 
 class Plain(Network):
@@ -348,22 +330,6 @@ def plain_logits(params, images):
     return features @ params["head"]["kernel"] + params["head"]["bias"][:, None]
 
 
-def slopes(loss, params):
-    """The gradient of loss(params) by central differences."""
-
-    def leaf(x):
-        gradient = np.empty_like(x)
-        for index in np.ndindex(x.shape):
-            old, ends = x[index], []
-            for new in (old + 1e-5, old - 1e-5):
-                x[index] = new
-                ends.append(loss(params))
-            x[index], gradient[index] = old, (ends[0] - ends[1]) / 2e-5
-        return gradient
-
-    return jax.tree.map(leaf, params)
-
-
 def test_two_steps_of_the_recipe():
     """SGD with momentum 0.9, without Nesterov, lr 0.05, decay 5e-4, in NumPy; gradients by differences."""
     config = common.get_config("method=kdcl,network=tiny", "cifar100")
@@ -373,13 +339,8 @@ def test_two_steps_of_the_recipe():
         images, labels = rng.normal(size=(2, 6, 3, 3, 3)), rng.integers(0, 4, 6)
         variables = draw_variables(method, images[0])
         params = variables.pop("params")
-        made = optimizers.make_optimizers(
-            method.trains, params, config.optimizer, config.optimizer_rules, 1, config.epochs
-        )
-        opt_state = {name: optimizer.init(params) for name, optimizer in made.items()}
-        record = steps.zero_record(method, params, variables, (3, 3, 3))
-        state = steps.TrainState(jnp.int32(0), params, variables, opt_state, jax.random.key(0), record)
-        step = jit(functools.partial(steps.train_step, method=method, optimizers=made, steps_per_epoch=1))
+        state, step = first_state(method, config, params, variables, (3, 3, 3), steps_per_epoch=1)
+        step = jit(step)
         for _ in range(2):
             state = step(state, {"image": jnp.asarray(images), "label": jnp.asarray(labels)})
 

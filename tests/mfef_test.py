@@ -7,18 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables
+from conftest import draw_variables, jit
+from reference import check_reach, first_state
 
 from configs import common
-from ffl_jax import optimizers, steps
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS, build
 from ffl_jax.methods.mfef import DualAttention, MultiScaleExtraction
 from ffl_jax.subnetworks import build as build_subnetworks
 
 MFEF = METHODS["mfef"]
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 LOGITS = np.array([[[2, 1, 0], [0, 0.5, 1.5]], [[1, 3, -1], [1, 0, 2]]])
 FUSED = np.array([[2, 0, 1], [0.5, -0.5, 1]])
@@ -374,22 +372,6 @@ def test_early_fusion_takes_the_maps_that_are_at_hand(shared_stages, widths):
         assert kernels == [(1, 1, width, 16) for width in widths]
 
 
-def parts_of(gradient, num):
-    """{part: gradients} with stages and head of every sub-network, the trunk, and all modules together."""
-    subnetworks = gradient["subnetworks"]
-    parts = {"modules": {name: tree for name, tree in gradient.items() if name != "subnetworks"}}
-    if "trunk" in subnetworks:
-        parts["trunk"] = subnetworks["trunk"]
-    for k in range(num):
-        if "branches" in subnetworks:
-            own = jax.tree.map(lambda leaf, k=k: leaf[k], subnetworks["branches"])
-        else:
-            own = dict(subnetworks[f"networks_{k}"])
-        parts[f"head_{k}"] = own.pop("head")
-        parts[f"stages_{k}"] = own
-    return parts
-
-
 KINDS = {
     "trunk, vmapped": {
         "shared_stages": 2,
@@ -425,12 +407,9 @@ def test_which_gradient_reaches_what(kind):
         k = learner.removeprefix("sub_")
         own = ("trunk", f"stages_{k}") + (() if term == "feature" else (f"head_{k}",))
         if learner == "fused":
-            own = ("trunk", "stages_0", "stages_1", "modules")
+            own = ("trunk", "stages_0", "stages_1", *(variables["params"].keys() - {"subnetworks"}))
         seed = {other: jnp.float32(other == name) for other in names}
-        for part, values in parts_of(gradient(variables["params"], seed), 2).items():
-            for path, leaf in jax.tree_util.tree_leaves_with_path(values):
-                where = f"{name} -> {part}{jax.tree_util.keystr(path)}"
-                assert np.any(leaf) == (part in own), where
+        check_reach(gradient(variables["params"], seed), 2, own, name)
 
 
 def test_symmetries():
@@ -488,20 +467,9 @@ def test_two_whole_steps():
         images, labels = make_batch()
         variables = draw_variables(method, images)
         params = variables["params"]
-        transformations = optimizers.make_optimizers(
-            method.trains, params, config.optimizer, config.optimizer_rules, 2, 300
-        )
-        state = steps.TrainState(
-            jnp.int32(0),
-            params,
-            {"batch_stats": variables["batch_stats"]},
-            jit(lambda params: {name: x.init(params) for name, x in transformations.items()})(params),
-            jax.random.key(0),
-            steps.zero_record(method, params, {"batch_stats": variables["batch_stats"]}, (8, 8, 3)),
-        )
-        run = jit(
-            functools.partial(steps.train_step, method=method, optimizers=transformations, steps_per_epoch=2)
-        )
+        model_state = {"batch_stats": variables["batch_stats"]}
+        state, run = first_state(method, config, params, model_state)
+        run = jit(run)
 
         @jit
         @jax.grad

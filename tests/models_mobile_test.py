@@ -7,13 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables
+from conftest import draw_variables, jit
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.models import NETWORKS, base, mobilenet, shufflenet
-
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def shapes(module, side):

@@ -7,16 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables
+from conftest import draw_variables, jit
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
 from ffl_jax.models import NETWORKS, base
 from ffl_jax.modules import FusionModule
 from ffl_jax.subnetworks import build
-
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # (network, classes) -> trained numbers of the whole network, its trunk (all stages but the last), one branch
 # with its head, and two branches on one trunk. By hand from the layers' shapes.

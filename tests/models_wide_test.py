@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables
+from conftest import draw_variables, jit
 
 from ffl_jax.models import NETWORKS, base
 from ffl_jax.subnetworks import build
-
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # (network, classes) -> trained numbers.
 SIZES = [

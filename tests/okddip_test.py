@@ -7,17 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables
+import reference
+from conftest import draw_variables, jit
+from reference import check_reach, first_state, slopes, softmax
 
 from configs import cifar100, common, imagenet
-from ffl_jax import methods, optimizers, steps
+from ffl_jax import methods, steps
 from ffl_jax.cost import prediction_costs
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods.okddip import TARGET_GRADS, OKDDip, PeerAttention
 from ffl_jax.subnetworks import build as build_subnetworks
-
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # Two peers and the leader; their attention for each of two examples.
 LOGITS = np.array([[[1.0, 2, 3], [0, 0, 0]], [[2, 0, -1], [1, 1, 0]], [[0, 1, 0], [-1, 0, 2]]])
@@ -34,18 +33,13 @@ def make_method(num=3, network="tiny", classes=3, shared_stages=2, vectorize=Fal
     return OKDDip(build_subnetworks(network, num, classes, shared_stages, vectorize), classes, **settings)
 
 
-def softmax(x):
-    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
-
-
 def kl_divergence(logits, targets, temperature):
     """The mean over the batch, one for each network."""
-    p, q = softmax(logits / temperature), softmax(targets / temperature)
-    return temperature**2 * (q * np.log(q / p)).sum(-1).mean(-1)
+    return reference.kl_divergence(logits, targets, temperature).mean(-1)
 
 
 def cross_entropy(logits):
-    return -np.log(softmax(logits)[:, [0, 1], LABELS]).mean(-1)
+    return reference.cross_entropy(logits, LABELS).mean(-1)
 
 
 def mixtures(logits, attention):
@@ -55,19 +49,6 @@ def mixtures(logits, attention):
         [sum(attention[n, a, b] * logits[b, n] for b in peers) for n in range(len(attention))] for a in peers
     ]
     return np.array([*targets, sum(logits[a] for a in peers) / len(peers)])
-
-
-def slopes(loss, x):
-    """The gradient of loss(x) by central differences."""
-    gradient = np.empty_like(x)
-    for index in np.ndindex(x.shape):
-        ends = []
-        for step in (1e-5, -1e-5):
-            moved = x.copy()
-            moved[index] += step
-            ends.append(loss(moved))
-        gradient[index] = (ends[0] - ends[1]) / 2e-5
-    return gradient
 
 
 def objectives(logits, attention, epoch=80.0, **settings):
@@ -205,16 +186,17 @@ KINDS = {
 
 
 def reached_parts(term, target_grad, subs):
-    """The parts that the gradient of a term moves, but for the trunk, which each of them does."""
+    """The parts that the gradient of a term moves."""
     what, learner = term.split("/")
-    reached = {f"head/{learner}", f"stages/{learner}"}
+    k, peers = subs.index(learner), range(len(subs) - 1)
+    reached = {"trunk", f"head_{k}", f"stages_{k}"}
     if what == "distillation" and target_grad == "full":
         # A target mixes all peers' logits, the leader's are in none.
-        reached |= {f"{part}/{peer}" for part in ("head", "stages") for peer in subs[:-1]}
+        reached |= {f"{part}_{peer}" for part in ("head", "stages") for peer in peers}
     if what == "distillation" and learner != "leader" and target_grad != "none":
         # Attention looks at features, which heads do not make.
-        reached |= {"attention"} | {f"stages/{peer}" for peer in subs[:-1]}
-    return reached | {"trunk"}
+        reached |= {"attention"} | {f"stages_{peer}" for peer in peers}
+    return reached
 
 
 @pytest.mark.parametrize(
@@ -238,15 +220,7 @@ def test_which_gradient_reaches_what(kind, target_grad):
 
     for term in names:
         gradient = gradients(params, {name: jnp.float32(name == term) for name in names})
-        parts = {"attention": gradient["attention"], "trunk": gradient["subnetworks"].get("trunk", {})}
-        for k, name in enumerate(subs):
-            own = jax.tree.map(lambda leaf, k=k: leaf[k], gradient["subnetworks"]["branches"])
-            parts[f"head/{name}"] = own.pop("head")
-            parts[f"stages/{name}"] = own
-        for part, tree in parts.items():
-            reached = part in reached_parts(term, target_grad, subs)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                assert np.any(leaf) == reached, f"{term} -> {part}{jax.tree_util.keystr(path)}"
+        check_reach(gradient, len(subs), reached_parts(term, target_grad, subs), term)
 
 
 def test_a_step_of_the_recipe():
@@ -256,17 +230,7 @@ def test_a_step_of_the_recipe():
         method, batch = methods.build(config, 3), make_batch()
         model_state = draw_variables(method, batch["image"])
         params = model_state.pop("params")
-        made = optimizers.make_optimizers(
-            method.trains, params, config.optimizer, config.optimizer_rules, 10, config.epochs
-        )
-        state = steps.TrainState(
-            step=jnp.int32(0),
-            params=params,
-            model_state=model_state,
-            opt_state={name: one.init(params) for name, one in made.items()},
-            rng=jax.random.key(0),
-            record=steps.zero_record(method, params, model_state, (8, 8, 3)),
-        )
+        state, step = first_state(method, config, params, model_state)
         own = {"batch_stats": model_state["batch_stats"]["subnetworks"]}
 
         @jit
@@ -292,8 +256,7 @@ def test_a_step_of_the_recipe():
                     total += (ce + np.exp(-5.0) * kd).mean()
                 return total
 
-            after = steps.train_step(state, batch, method=method, optimizers=made, steps_per_epoch=10)
-            return after, jax.grad(loss)(state.params)
+            return step(state, batch), jax.grad(loss)(state.params)
 
         after, gradient = both(state)
     expected = jax.tree.map(

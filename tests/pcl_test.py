@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables
+import reference
+from conftest import draw_variables, jit
 from flax import linen as nn
+from reference import first_state, slopes, softmax
 
 from configs import cifar100, common
-from ffl_jax import cost, optimizers, steps
+from ffl_jax import cost, steps
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
 from ffl_jax.models import Network
@@ -19,8 +21,6 @@ from ffl_jax.subnetworks import Stacked
 from ffl_jax.subnetworks import build as build_subnetworks
 
 PCL = METHODS["pcl"]
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 RNG = np.random.default_rng(0)
 LOGITS, EMA = RNG.normal(0, 2, (2, 3, 5, 4))  # three peers, five examples, four classes
@@ -33,17 +33,12 @@ def make_method(num=3, network="tiny", classes=4, shared_stages=2, vectorize=Fal
     return PCL(build_subnetworks(network, num, classes, shared_stages, vectorize), classes, **settings)
 
 
-def softmax(x):
-    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
-
-
 def cross_entropy(logits, labels):
-    return -np.log(softmax(logits)[..., np.arange(len(labels)), labels]).mean(-1)
+    return reference.cross_entropy(logits, labels).mean(-1)
 
 
 def kl_divergence(logits, target, temperature):
-    p, q = softmax(logits / temperature), softmax(target / temperature)
-    return temperature**2 * (q * np.log(q / p)).sum(-1).mean(-1)
+    return reference.kl_divergence(logits, target, temperature).mean(-1)
 
 
 def evaluate(epoch=100.0, **settings):
@@ -202,22 +197,6 @@ def plain(params, images):
     return logits, fused, {"subnetworks": {"trunk": {"norm1": first}, "branches": {"norm2": second}}}
 
 
-def slopes(loss, params):
-    """The gradient of loss(params) by central differences."""
-
-    def leaf(x):
-        gradient = np.empty_like(x)
-        for index in np.ndindex(x.shape):
-            old, ends = x[index], []
-            for new in (old + 1e-5, old - 1e-5):
-                x[index] = new
-                ends.append(loss(params))
-            x[index], gradient[index] = old, (ends[0] - ends[1]) / 2e-5
-        return gradient
-
-    return jax.tree.map(leaf, params)
-
-
 def assert_close(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9), actual, expected)
@@ -233,13 +212,8 @@ def test_two_steps_of_the_recipe():
         variables = draw_variables(method, images[0])
         variables["ema"]["params"] = jax.tree.map(lambda x: 0.5 * x, variables["ema"]["params"])
         params = variables.pop("params")
-        made = optimizers.make_optimizers(
-            method.trains, params, config.optimizer, config.optimizer_rules, 1, config.epochs
-        )
-        opt_state = {name: optimizer.init(params) for name, optimizer in made.items()}
-        record = steps.zero_record(method, params, variables, (3, 3, 3))
-        state = steps.TrainState(jnp.int32(0), params, variables, opt_state, jax.random.key(0), record)
-        step = jit(functools.partial(steps.train_step, method=method, optimizers=made, steps_per_epoch=1))
+        state, step = first_state(method, config, params, variables, (3, 3, 3), steps_per_epoch=1)
+        step = jit(step)
         for _ in range(2):
             state = step(state, {"image": jnp.asarray(images), "label": jnp.asarray(labels)})
 

@@ -1,11 +1,12 @@
 """Losses, their gradients by the logits, and a step of SGD: NumPy in float64, from the formulas."""
 
 import functools
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import draw_variables
+from conftest import draw_variables, jit
 
 from configs import common
 from ffl_jax import methods, optimizers, steps
@@ -14,9 +15,6 @@ SHAPE, BATCH, CLASSES = (8, 8, 3), 4, 3
 LABELS = np.array([0, 2, 1, 1])
 EPOCH = 40.0  # where a ramp of 80 epochs is exp(-5 / 4)
 RAMP = np.exp(-1.25)
-
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def draw_logits(num: int) -> np.ndarray:
@@ -29,20 +27,71 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def cross_entropy(logits):
-    """Batch mean, and its gradient by the logits."""
-    p = softmax(logits)
-    value = -np.log(p[np.arange(BATCH), LABELS]).mean()
-    return value, (p - np.eye(CLASSES)[LABELS]) / BATCH
+def cross_entropy(logits, labels):
+    """[..., B, C] and [B] -> [..., B]."""
+    return -np.log(softmax(logits)[..., np.arange(len(labels)), labels])
 
 
 def kl_divergence(logits, target, temperature):
-    """Batch mean of T**2 KL(target || logits), and its gradients by the learner's and the target's logits."""
+    """T**2 KL(target || logits): 2 x [..., C] -> [...]."""
+    p, q = softmax(logits / temperature), softmax(target / temperature)
+    return temperature**2 * (q * np.log(q / p)).sum(-1)
+
+
+def cross_entropy_slope(logits):
+    """(mean for LABELS, its gradient by the logits)."""
+    slope = (softmax(logits) - np.eye(CLASSES)[LABELS]) / BATCH
+    return cross_entropy(logits, LABELS).mean(), slope
+
+
+def kl_divergence_slopes(logits, target, temperature):
+    """(mean over the batch, its gradients by the learner's and by the target's logits)."""
     p, q = softmax(logits / temperature), softmax(target / temperature)
     gap = np.log(q / p)
-    each = (q * gap).sum(-1, keepdims=True)
-    value = temperature**2 * each.mean()
-    return value, temperature * (p - q) / BATCH, temperature * q * (gap - each) / BATCH
+    own, other = p - q, q * (gap - (q * gap).sum(-1, keepdims=True))
+    value = kl_divergence(logits, target, temperature).mean()
+    return value, temperature * own / BATCH, temperature * other / BATCH
+
+
+def slopes(loss, tree):
+    """The gradient of loss(tree) by central differences; the leaves are arrays of NumPy in float64."""
+    tree = jax.tree.map(np.array, tree)  # to be moved
+
+    def leaf(x):
+        gradient = np.empty_like(x)
+        for index in np.ndindex(x.shape):
+            old, ends = x[index], []
+            for new in (old + 1e-5, old - 1e-5):
+                x[index] = new
+                ends.append(loss(tree))
+            x[index], gradient[index] = old, (ends[0] - ends[1]) / 2e-5
+        return gradient
+
+    return jax.tree.map(leaf, tree)
+
+
+def first_state(method, config, params, model_state, image_shape=SHAPE, steps_per_epoch=10):
+    """(the first `TrainState` with these variables, the step: (state, batch) -> state, not compiled)."""
+    made = optimizers.make_optimizers(
+        method.trains,
+        params,
+        config.optimizer,
+        config.optimizer_rules,
+        steps_per_epoch,
+        config.epochs,
+    )
+    state = steps.TrainState(
+        step=jnp.int32(0),
+        params=params,
+        model_state=model_state,
+        opt_state={name: optimizer.init(params) for name, optimizer in made.items()},
+        rng=jax.random.key(0),
+        record=steps.zero_record(method, params, model_state, image_shape),
+    )
+    step = functools.partial(
+        steps.train_step, method=method, optimizers=made, steps_per_epoch=steps_per_epoch
+    )
+    return state, step
 
 
 class Step:
@@ -66,22 +115,15 @@ class Step:
         variables = draw_variables(self.method, self.batch["image"])
         self.params = variables.pop("params")
         self._state = variables
-        made = optimizers.make_optimizers(
-            self.method.trains, self.params, self.config.optimizer, self.config.optimizer_rules, 1, 300
-        )
-        state = steps.create_state(self.method, made, jax.random.key(0), SHAPE)
-        opt_state = {name: optimizer.init(self.params) for name, optimizer in made.items()}
-        state = state.replace(
-            params=self.params, model_state=variables, opt_state=opt_state, step=jnp.int32(EPOCH)
-        )
+        state, step = first_state(self.method, self.config, self.params, variables, steps_per_epoch=1)
 
         @jit
         def run(state):
             outputs, pullback = jax.vjp(self._forward, state.params)
-            new = steps.train_step(state, self.batch, method=self.method, optimizers=made, steps_per_epoch=1)
+            new = step(state, self.batch)
             return outputs, pullback, new.params, new.record["terms"]
 
-        self.outputs, self._pullback, self.new_params, self.terms = run(state)
+        self.outputs, self._pullback, self.new_params, self.terms = run(state.replace(step=jnp.int32(EPOCH)))
 
     def _forward(self, params):
         outputs, _ = self.method.apply(
@@ -140,6 +182,26 @@ def term_gradients(step: Step) -> dict:
         return {term: gradient(term) for term in values}
 
     return run(step.params)
+
+
+def parts_of(tree, num: int) -> dict:
+    """{part: its leaves}: `trunk`, `stages_K` and `head_K` of every sub-network, modules by their names."""
+    subnetworks = tree["subnetworks"]
+    parts = {name: part for name, part in tree.items() if name != "subnetworks"}
+    if "trunk" in subnetworks:
+        parts["trunk"] = subnetworks["trunk"]
+    for k in range(num):
+        own = dict(branch(tree, k) if "branches" in subnetworks else subnetworks[f"networks_{k}"])
+        parts[f"head_{k}"] = own.pop("head")
+        parts[f"stages_{k}"] = own
+    return parts
+
+
+def check_reach(gradient, num: int, reached: Collection[str], term: str):
+    """The gradient of a term is 0 all over a part of the parameters, or nowhere in any of its leaves."""
+    for part, values in parts_of(gradient, num).items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(values):
+            assert np.any(leaf) == (part in reached), f"{term} -> {part}{jax.tree_util.keystr(path)}"
 
 
 def largest(tree) -> float:

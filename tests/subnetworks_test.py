@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables
+from conftest import draw_variables, jit
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.models import NETWORKS
 from ffl_jax.subnetworks import Mixed, Stacked, build, network_names
 
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # The copies' statistics and gradients come from the same numbers, summed in another order.
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.losses import at_least_float32, cross_entropy
+from ffl_jax.losses import at_least_float32, cross_entropy, unit
 from ffl_jax.methods.base import METHODS, OfflineMethod
 from ffl_jax.models.base import uniform
 from ffl_jax.modules import adaptive_average_pool
@@ -178,15 +178,8 @@ def feature_distance(x: jax.Array, target: jax.Array, reduction: str = "mean") -
     x, target = (
         y if y.shape[1:3] == (height, width) else adaptive_average_pool(y, height, width) for y in (x, target)
     )
-    difference = _abs_difference(_unit(x), _unit(target))
+    difference = _abs_difference(unit(x), unit(target))
     return getattr(difference, reduction)(axis=(1, 2, 3))
-
-
-def _unit(x):
-    """Every map over its L2 norm, which is taken as at least 1e-12."""
-    x = at_least_float32(x)
-    # Not a norm, whose gradient at an all-zero map is not a number.
-    return x * jax.lax.rsqrt(jnp.maximum((x**2).sum(axis=(1, 2, 3), keepdims=True), 1e-24))
 
 
 def _abs_difference(x, target):

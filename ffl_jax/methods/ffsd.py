@@ -10,7 +10,7 @@ import numpy as np
 from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence, sigmoid_rampup
+from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence, l2_norm, sigmoid_rampup, unit
 from ffl_jax.methods.base import METHODS, Method
 from ffl_jax.models.base import batch_norm, uniform
 from ffl_jax.modules import FusionModule, separable_conv
@@ -273,14 +273,8 @@ def attention(feature_map: jax.Array) -> jax.Array:
     return jnp.square(at_least_float32(feature_map)).mean(axis=-1)
 
 
-def unit(x: jax.Array) -> jax.Array:
-    """Every example divided by its norm, or by 1e-12 if that is larger: [B, ...] -> [B, ...]."""
-    return x / _norm(x)
-
-
 def distance(x: jax.Array, y: jax.Array) -> jax.Array:
     """Mean squared difference of the two maps, each scaled to norm 1: [B, ...] -> [B]."""
-    x, y = at_least_float32(x), at_least_float32(y)
     return jnp.square(unit(x) - unit(y)).mean(axis=range(1, x.ndim))
 
 
@@ -302,7 +296,7 @@ def shift(feature_map: jax.Array, shift_ref: str = "code") -> tuple[jax.Array, j
       (S [B, H, W], the map [B, H, W, D]).
     """
     full = attention(feature_map)
-    norm, scaled = _norm(full), unit(full)
+    norm, scaled = l2_norm(full), unit(full)
     count = math.prod(full.shape[1:])
     # One at least: the code does not meet maps of less than three pixels.
     threshold = jnp.sort(scaled.reshape(-1, count))[:, max(1, count // 3) - 1, None, None]
@@ -312,9 +306,3 @@ def shift(feature_map: jax.Array, shift_ref: str = "code") -> tuple[jax.Array, j
     target = jnp.where(scaled == threshold, reference / 2, target)
     change = (target - scaled) * norm / feature_map.shape[-1]
     return target, feature_map + change[..., None]
-
-
-def _norm(x):
-    # The maximum is within the root, whose derivative at 0 would make NaN of a gradient.
-    squares = jnp.square(x).sum(axis=range(1, x.ndim), keepdims=True)
-    return jnp.sqrt(jnp.maximum(squares, 1e-24))
