@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables, jit
+from conftest import draw_variables
 from reference import check_reach, first_state
 
 from configs import common
@@ -80,12 +80,12 @@ def test_gradients_of_the_logit_losses():
         _, terms = objectives(logits)
         return jnp.stack([terms[f"cross_entropy/sub_{k}"] + terms[f"distillation/sub_{k}"] for k in range(3)])
 
-    gradients = jit(jax.jacrev(losses))(jnp.float32(LOGITS))
+    gradients = jax.jit(jax.jacrev(losses))(jnp.float32(LOGITS))
     for learner, of in np.ndindex(3, 3):
         assert np.any(gradients[learner, of]) == (learner == of)
     # With two networks the first learns from the second. NumPy, float64.
     expected = [[0.071900, -0.239765, 0.167865], [-0.020224, 0.232920, -0.212696]]
-    gradient = jit(jax.grad(lambda logits: objectives(logits)[0]["logit"]))(jnp.float32(LOGITS[:2]))
+    gradient = jax.jit(jax.grad(lambda logits: objectives(logits)[0]["logit"]))(jnp.float32(LOGITS[:2]))
     np.testing.assert_allclose(gradient[0], expected, atol=1e-6)
 
 
@@ -112,7 +112,7 @@ def test_gradients_of_the_adversarial_losses(score, output, feature, fake):
         scalars, terms = objectives(LOGITS[:2], (0.5, value, value))
         return jnp.array([scalars["feature"], scalars["discriminator"]]) / 2, terms["fake_score/sub_0"]
 
-    gradients, actual = jit(jax.jacrev(losses, has_aux=True))(jnp.float32(score))
+    gradients, actual = jax.jit(jax.jacrev(losses, has_aux=True))(jnp.float32(score))
     np.testing.assert_allclose(actual, output, atol=1e-6)
     np.testing.assert_allclose(gradients, [feature, fake], atol=1e-6)
 
@@ -156,7 +156,7 @@ def test_sizes_of_the_method():
     assert count(transfer["params"]) == 8448
 
 
-@jit
+@jax.jit
 def score_for_inference(variables, x):
     return Discriminator("image", 0.01).apply(variables, x, False)
 
@@ -231,7 +231,7 @@ def test_everything_that_a_training_pass_computes(kind, side):
         method = make_method("tiny+tiny_wide+tiny", 3, discriminator=kind, slope=0.2)
         variables = draw_variables(method, images)
 
-        @jit
+        @jax.jit
         def run(variables):
             outputs, state = method.apply(variables, images, True, mutable=["batch_stats"])
             own = {name: tree["subnetworks"] for name, tree in variables.items()}
@@ -306,7 +306,7 @@ def test_which_gradient_reaches_what(kind):
         for k in range(num)
     ]
 
-    @jit
+    @jax.jit
     def gradient(params, seed):
         def terms(params):
             outputs, _ = method.apply(variables | {"params": params}, images, True, mutable=["batch_stats"])
@@ -351,9 +351,9 @@ def test_two_whole_steps():
         params = variables["params"]
         model_state = {"batch_stats": variables["batch_stats"]}
         state, run = first_state(method, config, params, model_state)
-        run = jit(run)
+        run = jax.jit(run)
 
-        @jit
+        @jax.jit
         @jax.grad
         def gradient(params, statistics, weights):
             outputs, _ = method.apply(
@@ -408,7 +408,7 @@ def test_equal_networks_have_nothing_to_learn_from_one_another():
         branches = jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * 2), tree["subnetworks"]["branches"])
         return tree | {"subnetworks": {"branches": branches}, "discriminators_1": tree["discriminators_0"]}
 
-    @jit
+    @jax.jit
     def run(variables):
         outputs, _ = method.apply(variables, images, True, mutable=["batch_stats"])
         return method.objectives(outputs, labels, jnp.float32(0))[1]
@@ -430,7 +430,7 @@ def test_dead_networks_give_finite_numbers():
     images, labels = make_batch()
     variables = jax.tree.map(jnp.zeros_like, draw_variables(method, images))
 
-    @jit
+    @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def run(params):
         outputs, _ = method.apply(variables | {"params": params}, images, True, mutable=["batch_stats"])

@@ -17,8 +17,13 @@ from ffl_jax.models import NETWORKS, Network
 from ffl_jax.models.base import batch_norm, conv
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Compiling takes longer than running here.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# Compiling takes longer than running here, so little is optimised, and loops are fused in jax 0.10's old way,
+# which takes half the time. {option: (here, as users have it)}
+_OPTIONS = {"xla_backend_optimization_level": (0, 3)}
+if jax.__version_info__ < (0, 11):
+    _OPTIONS["xla_cpu_use_fusion_emitters"] = (False, True)
+os.environ["XLA_FLAGS"] = " ".join(f"--{name}={str(here).lower()}" for name, (here, _) in _OPTIONS.items())
+AS_USERS = {name: usual for name, (_, usual) in _OPTIONS.items()}  # `compiler_options` for some tests
 
 
 class Tiny(Network):
@@ -85,7 +90,10 @@ class Commands:
 
     def start(self, *command: str, devices: int = 1, cwd=None, env=None) -> subprocess.Popen:
         """Starts `python COMMAND` with that many devices; standard output and error are kept."""
-        environment = self._environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        # Programs are found in the cache more often than compiled: the last one of equal flags counts.
+        flags = (os.environ["XLA_FLAGS"], "--xla_backend_optimization_level=1")
+        flags = f"{' '.join(flags)} --xla_force_host_platform_device_count={devices}"
+        environment = self._environment | {"XLA_FLAGS": flags}
         return subprocess.Popen(
             [sys.executable, *map(str, command)],
             stdout=subprocess.PIPE,
@@ -124,5 +132,17 @@ def no_programs_pile_up():
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory) -> Commands:
-    return Commands(tmp_path_factory.mktemp("cache"))
+def cache(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compile_once(cache):
+    """What compiles slowly does so once, whichever file or process asks for it."""
+    jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def commands(cache) -> Commands:
+    return Commands(cache)

@@ -366,22 +366,7 @@ def write_photographs(root):
     write_dataset(root / "made" / "1.0.0", splits, encoding="JPEG")
 
 
-@pytest.fixture
-def quick_compilation(tmp_path):
-    """Programs are compiled without most optimisations, and once for all runs of a test."""
-    settings = {
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (str(tmp_path / "jax"), jax.config.jax_compilation_cache_dir),
-        "jax_persistent_cache_min_compile_time_secs": (0, 1),
-    }
-    for name, (value, _) in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, (_, value) in settings.items():
-        jax.config.update(name, value)
-
-
-def test_resnet18_is_trained_and_continues_in_mid_epoch(tmp_path, monkeypatch, quick_compilation):
+def test_resnet18_is_trained_and_continues_in_mid_epoch(tmp_path, monkeypatch):
     """Three steps of the real loop, and the last of them again from what a kill in it would have left."""
     write_photographs(tmp_path)
     config = imagenet.get_config("method=independent,epochs=1")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables, jit
+from conftest import draw_variables
 from reference import first_state
 
 from configs import cifar10, cifar100, common
@@ -95,7 +95,7 @@ def test_distance_does_not_see_the_scale():
     rng = np.random.default_rng(0)
     x, target = rng.uniform(size=(2, 2, 4, 4, 5))
 
-    @jit
+    @jax.jit
     def evaluate(x, target):
         distance, pullback = jax.vjp(lambda x: feature_distance(x, target, "sum"), x)
         return distance, pullback(jnp.ones_like(distance))[0]
@@ -216,7 +216,7 @@ def test_parameters_of_a_paraphraser(width, encoder, total):
 
 def test_initial_layers():
     """Kernels and biases uniform in +-1 / sqrt(9 * 16) = +-1/12: standard deviation 1 / (12 sqrt(3))."""
-    params = jit(lambda: Translator().init(jax.random.key(0), jnp.zeros((1, 4, 4, 16)), 16))()["params"]
+    params = jax.jit(lambda: Translator().init(jax.random.key(0), jnp.zeros((1, 4, 4, 16)), 16))()["params"]
     for layer in params.values():
         for x in layer.values():
             assert np.abs(x).max() <= 1 / 12
@@ -243,7 +243,7 @@ def loss_and_terms(method, params, statistics, images):
 def term_gradients(method, params, statistics, images):
     """{term: gradient} of all terms and objectives."""
 
-    @jit
+    @jax.jit
     def pull(params, seed):
         def terms(params):
             scalars, terms = loss_and_terms(method, params, statistics, images)
@@ -300,11 +300,11 @@ def test_terms_of_a_pass():
         for key in path:
             own = {kind: tree[key] for kind, tree in own.items()}
         own = jax.tree.map(lambda x: x[0], own) if path[0] == "subnetworks" else own
-        return np.float64(jit(functools.partial(network.apply, train=False))(own, images).feature_map)
+        return np.float64(jax.jit(functools.partial(network.apply, train=False))(own, images).feature_map)
 
     student = map_of(method.subnetworks.network, "subnetworks", "branches")
     assert student.shape == (BATCH, 2, 2, 16)
-    outputs = jit(functools.partial(method.apply, train=False))(variables, images)
+    outputs = jax.jit(functools.partial(method.apply, train=False))(variables, images)
     _, terms = method.objectives(outputs, jnp.arange(BATCH) % 3, jnp.float32(0))
     for i in range(2):
         target = map_of(method.teachers.networks[i], "teachers", f"networks_{i}")
@@ -323,7 +323,7 @@ def test_factors_take_the_place_of_maps():
     method = make_method("tiny", target="factor")
     params, statistics, images = draw(method)
     variables = {"params": params, "batch_stats": statistics}
-    outputs = jit(functools.partial(method.apply, train=False))(variables, images)
+    outputs = jax.jit(functools.partial(method.apply, train=False))(variables, images)
     factor, reconstruction = Paraphraser().apply(
         {"params": params["paraphrasers_0"]}, outputs["teacher_maps"][0]
     )
@@ -383,10 +383,10 @@ def make_state(config, initial=False):
     params, statistics, images = draw(method)
     model_state = {"batch_stats": statistics}
     if initial:
-        initialize = jit(functools.partial(steps.init_variables, method, image_shape=SHAPE))
+        initialize = jax.jit(functools.partial(steps.init_variables, method, image_shape=SHAPE))
         params, model_state = initialize(jax.random.key(config.seed))
     state, step = first_state(method, config, params, model_state, SHAPE)
-    return method, state, jit(step), {"image": images, "label": jnp.arange(BATCH) % 3}
+    return method, state, jax.jit(step), {"image": images, "label": jnp.arange(BATCH) % 3}
 
 
 def test_a_step_of_both_objectives():

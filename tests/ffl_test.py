@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables, jit
+from conftest import draw_variables
 from reference import check_reach
 from sklearn import datasets
 
@@ -207,7 +207,7 @@ def test_which_gradient_reaches_what(kind):
     images, labels = make_batch(3)
     params, statistics = draw(method, images)
 
-    @jit
+    @jax.jit
     def gradient(params, seed):
         def terms(params):
             _, terms = loss_and_terms(method, params, statistics, images, labels)
@@ -247,7 +247,7 @@ def test_order_of_the_subnetworks_does_not_matter():
         branches = jax.tree.map(lambda leaf: leaf[order], tree["subnetworks"]["branches"])
         return {"fusion": fusion, "subnetworks": {**tree["subnetworks"], "branches": branches}}
 
-    @jit
+    @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def evaluate(params, statistics):
         scalars, terms = loss_and_terms(method, params, statistics, images, labels)
@@ -267,10 +267,10 @@ def test_cross_entropy_of_a_new_network_is_that_of_guessing():
     """log(100) = 4.605 for each classifier; a fused one far above is initialised wrongly."""
     method = make_method(2, "resnet20", 100)
     images, labels = make_batch(100, side=16, count=32)
-    params, statistics = jit(functools.partial(steps.init_variables, method, image_shape=(16, 16, 3)))(
+    params, statistics = jax.jit(functools.partial(steps.init_variables, method, image_shape=(16, 16, 3)))(
         jax.random.key(0)
     )
-    evaluate = jit(functools.partial(loss_and_terms, method))
+    evaluate = jax.jit(functools.partial(loss_and_terms, method))
     scalars, terms = evaluate(params, statistics["batch_stats"], images, labels)
     for name in ("sub_0", "sub_1", "fused"):
         assert abs(terms[f"cross_entropy/{name}"] - 4.605) < 0.5, name
@@ -296,13 +296,13 @@ def test_overfits_a_few_images():
     transformations = optimizers.make_optimizers(
         method.trains, params, config.optimizer, config.optimizer_rules, 1, 100
     )
-    state = jit(functools.partial(steps.create_state, method, transformations, image_shape=(8, 8, 3)))(
+    state = jax.jit(functools.partial(steps.create_state, method, transformations, image_shape=(8, 8, 3)))(
         jax.random.key(0)
     )
-    train_step = jit(
+    train_step = jax.jit(
         functools.partial(steps.train_step, method=method, optimizers=transformations, steps_per_epoch=1)
     )
-    evaluate = jit(functools.partial(steps.eval_step, method=method))
+    evaluate = jax.jit(functools.partial(steps.eval_step, method=method))
 
     def accuracies(state):
         variables = {"params": state.params, **state.model_state}

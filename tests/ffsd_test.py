@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Tiny, draw_variables, jit
+from conftest import Tiny, draw_variables
 
 from configs import common
 from ffl_jax import config as config_lib
@@ -59,7 +59,7 @@ def test_distance():
 
 
 def test_distance_of_an_empty_map():
-    @jit
+    @jax.jit
     def run(x, y):
         by_map = jax.value_and_grad(lambda x: distance(x, y).sum())(x)
         return by_map, jax.grad(lambda x: distance(attention(x), attention(y)).sum())(x)
@@ -71,7 +71,7 @@ def test_distance_of_an_empty_map():
 
 
 def test_shift():
-    target, shifted = jit(shift)(jnp.float32(Y))
+    target, shifted = jax.jit(shift)(jnp.float32(Y))
     # NumPy, float64: the threshold, 0.5 / 8.689074, is met twice.
     expected = [8.458899, 4.344537, 8.573987, 8.113638, 0, 4.344537, 8.228725, 8.113638, 8.458899]
     np.testing.assert_allclose(target, np.reshape(expected, (1, 3, 3)), atol=2e-6)
@@ -80,7 +80,7 @@ def test_shift():
         *(19.625, 18.625, 35.75, 35.75, 33.75, 35.75, 35.75, 37.75),
     ]
     np.testing.assert_allclose(shifted, np.reshape(expected, Y.shape), atol=2e-5)
-    target, shifted = jit(shift)(jnp.ones(Y.shape))  # all at the threshold: by hand
+    target, shifted = jax.jit(shift)(jnp.ones(Y.shape))  # all at the threshold: by hand
     np.testing.assert_allclose(target, np.full((1, 3, 3), 1.5), rtol=1e-6)
     np.testing.assert_allclose(shifted, np.full(Y.shape, 2.75), rtol=1e-6)
 
@@ -88,7 +88,7 @@ def test_shift():
 @pytest.mark.parametrize(("count", "smallest"), [(64, 21), (49, 16), (4, 1), (2, 1), (1, 1)])
 def test_a_third_of_the_pixels_stays(count, smallest):
     values = np.random.default_rng(0).permutation(count) + 1.0
-    target, _ = jit(shift)(jnp.sqrt(jnp.float32(values)).reshape(1, 1, count, 1))
+    target, _ = jax.jit(shift)(jnp.sqrt(jnp.float32(values)).reshape(1, 1, count, 1))
     norm = np.sqrt((values**2).sum())
     expected = np.where(values < smallest, values / norm, norm - values / norm)
     expected[values == smallest] = norm / 2
@@ -100,7 +100,7 @@ def test_a_third_of_the_pixels_stays(count, smallest):
     ("shift_ref", "expected"), [("code", 47.835595), ("unit", 0.260187), ("max", 0.121119)]
 )
 def test_reference_of_the_shift(shift_ref, expected):
-    @jit
+    @jax.jit
     def run(x, y):
         return jnp.square(unit(attention(x)) - shift(y, shift_ref)[0]).mean()
 
@@ -222,7 +222,7 @@ def test_terms_and_loss(settings):
     w = np.exp(-5 * (1 - 2 / 5) ** 2)  # the second epoch of five
     loss = reference_loss(terms, w, w if settings.get("warmup_kd") else 1.0, PUBLISHED | settings)
     with jax.enable_x64(True):
-        actual = jit(make_method(4, **settings).objectives)(outputs, jnp.asarray(labels), 1.9)
+        actual = jax.jit(make_method(4, **settings).objectives)(outputs, jnp.asarray(labels), 1.9)
     chex.assert_trees_all_close(actual, ({"loss": loss}, terms | {"warmup": w}), rtol=1e-12)
 
 
@@ -233,7 +233,7 @@ def test_warmup_counts_epochs_from_one():
     for warmup_epochs, values in ((5.0, expected), (0.0, [1] * 8)):
         method = make_method(4, warmup_epochs=warmup_epochs)
         over_epochs = jax.vmap(method.objectives, in_axes=(None, None, 0))
-        warmup = jit(lambda epochs, run=over_epochs: run(outputs, labels, epochs)[1]["warmup"])(epochs)
+        warmup = jax.jit(lambda epochs, run=over_epochs: run(outputs, labels, epochs)[1]["warmup"])(epochs)
         np.testing.assert_allclose(warmup, values, atol=1e-6)
 
 
@@ -247,7 +247,7 @@ def test_distillation_of_logits():
         method = make_method(len(students) + 1)
         return method.objectives(jax.tree.map(jnp.float32, outputs), jnp.array([0, 2]), 0.0)[1]
 
-    @jit
+    @jax.jit
     def run(z):
         gradient = jax.grad(lambda first: terms([first, z[1]], z[2])["distillation/sub_0"])(z[0])
         return terms(z[:2], z[0]), terms(z, z[0]), gradient
@@ -265,7 +265,7 @@ def test_distillation_of_logits():
 
 
 def test_diversity():
-    @jit
+    @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def run(x, y):
         outputs = draw_outputs(3, batch=1)
@@ -293,7 +293,7 @@ def test_dead_maps_give_finite_gradients():
     outputs = jax.tree.map(jnp.float32, draw_outputs())
     logits = {key: outputs.pop(key) for key in ("logits", "fused_logits", "ensemble_logits")}
 
-    @jit
+    @jax.jit
     @jax.value_and_grad
     def run(maps):
         return make_method(4).objectives(maps | logits, jnp.array([2, 0]), 9.0)[0]["loss"]
@@ -388,7 +388,7 @@ def test_trans_fusion_head():
     }
     kernels = {"depthwise_conv": fill((3, 3, 1, 2), 7, 0), "pointwise_conv": fill((1, 1, 2, 4), 13, 0)}
     params = norms | {name: {"kernel": jnp.float32(kernel)} for name, kernel in kernels.items()}
-    outputs, _ = jit(functools.partial(head.apply, train=True, mutable=["batch_stats"]))(
+    outputs, _ = jax.jit(functools.partial(head.apply, train=True, mutable=["batch_stats"]))(
         variables | {"params": params}, inputs
     )
     assert outputs.shape == (2, 2, 2, 4)
@@ -399,7 +399,7 @@ def test_trans_fusion_head():
 def test_initial_values():
     inputs, shapes = jnp.zeros((1, 8, 8, 64)), [(1, 32, 32, 16), (1, 16, 16, 32)]
 
-    @jit
+    @jax.jit
     def init(key):
         head, decoder = TransFusionHead(2), Decoder()
         return {
@@ -503,7 +503,7 @@ def test_which_gradient_reaches_what():
         _, terms = method.objectives(outputs, labels, jnp.float32(0))
         return {name: x for name, x in terms.items() if not name.startswith(("warmup", "attention_cosine"))}
 
-    @jit
+    @jax.jit
     def gradient(params, seed):
         return jax.vjp(terms, params)[1](seed)[0]
 
@@ -647,7 +647,10 @@ def test_one_gradient_equals_one_network_after_another():
         step = functools.partial(
             steps.train_step, method=method, optimizers={"loss": optimizer}, steps_per_epoch=1
         )
-        train_step, reference_step = jit(step), jit(functools.partial(step_one_after_another, Small(3)))
+        train_step, reference_step = (
+            jax.jit(step),
+            jax.jit(functools.partial(step_one_after_another, Small(3))),
+        )
 
         def parts(variables):
             modules = variables["params"].keys() - {"subnetworks"}
@@ -743,7 +746,7 @@ def test_leader_does_without_the_trans_fusion_head_and_the_ensemble_without_the_
 
     def predict(variables, **settings):
         method = make_method(**settings)
-        return jit(lambda: method.predictions(method.apply(variables, images, train=False)))()
+        return jax.jit(lambda: method.predictions(method.apply(variables, images, train=False)))()
 
     joint = predict(variables)
     alone = {kind: {**tree} for kind, tree in variables.items()}
@@ -774,7 +777,7 @@ def test_magnitudes_of_a_new_resnet20():
     method = FFSD(build("resnet20", 3, 10, vectorize=True), 10)
     images, labels = jax.random.normal(jax.random.key(1), (4, 32, 32, 3)), jnp.arange(4)
 
-    @jit
+    @jax.jit
     def run():
         variables = method.init(jax.random.key(0), images[:1], train=False)
         outputs, _ = method.apply(variables, images, train=True, mutable=["batch_stats"])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import AS_USERS
 
 from configs import cifar100
 from ffl_jax import methods, optimizers, subnetworks
@@ -244,7 +245,8 @@ def test_first_step_in_float32(name, num, classes, vectorize):
     method = make_method(num, classes, vectorize)
     state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), import_state(part(arrays, "init/"), num))
     inputs = part(arrays, "step0/")
-    step = jax.jit(functools.partial(loss_and_gradient, method, inputs=inputs))
+    function = functools.partial(loss_and_gradient, method, inputs=inputs)
+    step = jax.jit(function, compiler_options=AS_USERS)
     (value, (ce, kd, outputs, _)), gradients = step(*state)
     check_step(value, ce, kd, outputs, inputs)
     if num == 2:

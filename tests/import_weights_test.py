@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import jit
 from safetensors.numpy import save_file
 
 from ffl_jax import (
@@ -79,7 +78,7 @@ def apply(weights, images, train=False):
     networks = subnetworks.build(weights.network, weights.num, weights.num_classes, weights.shared_stages)
     method = methods.METHODS[weights.method](networks, weights.num_classes)
     run = functools.partial(method.apply, train=train, mutable=["batch_stats"] if train else False)
-    found = jit(run)(weights.variables, np.float32(images))
+    found = jax.jit(run)(weights.variables, np.float32(images))
     return found[0] if train else found
 
 
@@ -509,16 +508,14 @@ def test_entries_of_ffl_that_do_not_fit(change, text, monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch):
-    """Runs the command in this process, and compiles as little as possible."""
+    """Runs the command in this process."""
 
     def run(*arguments):
         argv = ["import_weights", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", argv)  # where ml_collections reads what is set
         import_weights.command(argv)
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield run
-    jax.config.update("jax_disable_most_optimizations", False)
+    return run
 
 
 def small_network():

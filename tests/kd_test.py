@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables, jit
+from conftest import draw_variables
 from reference import first_state
 
 from configs import cifar10, cifar100, common
@@ -61,7 +61,7 @@ def test_loss_and_its_gradient(num, settings, kl, loss, gradient):
     chex.assert_trees_all_close(terms, expected, atol=1e-6)
     assert scalars.keys() == {"loss"}
     np.testing.assert_allclose(scalars["loss"], loss, atol=2e-6)
-    by_logits, by_teachers = jit(
+    by_logits, by_teachers = jax.jit(
         jax.grad(lambda z, t: objectives(z, t, **settings)[0]["loss"], argnums=(0, 1))
     )(jnp.float32(LOGITS), jnp.float32(TEACHERS[:num]))
     np.testing.assert_allclose(by_logits[0], gradient, atol=1e-6)
@@ -94,7 +94,7 @@ def test_which_gradient_reaches_what():
     variables, images = draw(method)
     labels = jnp.arange(BATCH) % 3
 
-    @jit
+    @jax.jit
     def gradients(params, term):
         def terms(params):
             outputs, _ = method.apply(
@@ -141,7 +141,7 @@ def test_a_step_of_the_recipe():
     model_state = {"batch_stats": variables["batch_stats"]}
     state, step = first_state(method, config, params, model_state, SHAPE)
 
-    @jit
+    @jax.jit
     def gradient(params):
         def loss(params):
             outputs, _ = method.apply(
@@ -151,7 +151,7 @@ def test_a_step_of_the_recipe():
 
         return jax.grad(loss)(params)
 
-    after = jit(step)(state, batch)
+    after = jax.jit(step)(state, batch)
     chex.assert_trees_all_equal(after.params["teachers"], params["teachers"])
     expected = jax.tree.map(
         lambda p, g: np.float64(p) - 0.1 * 1.9 * (np.float64(g) + 1e-4 * np.float64(p)),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables, jit
+from conftest import draw_variables
 from reference import check_reach, cross_entropy, first_state, kl_divergence, slopes, softmax
 
 from configs import cifar100, common, digits
@@ -70,7 +70,7 @@ def case(variant):
 def evaluate(outputs, method):
     """Objectives, terms, and the gradient of the loss by the logits."""
 
-    @jit
+    @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def gradient(logits):
         scalars, terms = method.objectives(outputs | {"logits": logits}, LABELS, jnp.float32(0))
@@ -238,14 +238,6 @@ def test_validation_sums_leave_padding_out():
     np.testing.assert_allclose(clipped["validation"]["weights"], [1, 0], atol=1e-6)
 
 
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 def test_weights_are_those_of_the_validation_split(tmp_path, monkeypatch):
     """Two epochs: each begins with the weights of the networks as the one before has left them."""
     begun, initial_state = [], Experiment.initial_state
@@ -291,7 +283,7 @@ def test_a_term_moves_its_own_network_alone(kind):
     variables = draw_variables(method, images[0])
     params = variables.pop("params")
 
-    @jit
+    @jax.jit
     def gradients(params, seed):
         def terms(params):
             outputs, _ = method.apply(
@@ -340,7 +332,7 @@ def test_two_steps_of_the_recipe():
         variables = draw_variables(method, images[0])
         params = variables.pop("params")
         state, step = first_state(method, config, params, variables, (3, 3, 3), steps_per_epoch=1)
-        step = jit(step)
+        step = jax.jit(step)
         for _ in range(2):
             state = step(state, {"image": jnp.asarray(images), "label": jnp.asarray(labels)})
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from conftest import draw_state, jit
+from conftest import draw_state
 
 from configs import common
 from ffl_jax import methods, metrics, optimizers, steps
@@ -71,9 +71,9 @@ class Setup:
             self.method.trains, shapes, self.config.optimizer, self.config.optimizer_rules, 2, 300
         )
         self.traces = 0
-        self.train_step = jit(self._train_step)
+        self.train_step = jax.jit(self._train_step)
         self.state = draw_state(self.method, self.optimizers, SHAPE)
-        self.evaluate = jit(self._evaluate)
+        self.evaluate = jax.jit(self._evaluate)
         rng = np.random.default_rng(0)
         self.batch = {
             "image": jnp.asarray(rng.normal(size=(BATCH, *SHAPE)), jnp.float32),

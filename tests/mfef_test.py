@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables, jit
+from conftest import draw_variables
 from reference import check_reach, first_state
 
 from configs import common
@@ -83,7 +83,7 @@ def test_teachers_are_constants():
         _, terms = objectives(logits, fused)
         return jnp.stack([terms[f"distillation/{name}"] for name in KD])
 
-    by_logits, by_fused = jit(jax.jacrev(distillation, argnums=(0, 1)))(
+    by_logits, by_fused = jax.jit(jax.jacrev(distillation, argnums=(0, 1)))(
         jnp.float32(LOGITS), jnp.float32(FUSED)
     )
     reached = [[np.any(by_logits[i, k]) for k in range(2)] + [np.any(by_fused[i])] for i in range(3)]
@@ -114,7 +114,7 @@ def test_without_extraction_and_attention_it_is_ffl():
     images, labels = make_batch()
     variables = draw_variables(methods[0], images)
 
-    @jit
+    @jax.jit
     def run(variables):
         results = []
         for method in methods:
@@ -142,7 +142,7 @@ def fresh_extraction(channels, width, kernel, mix):
     return {"params": params, "batch_stats": averages}
 
 
-@jit
+@jax.jit
 def extract_for_inference(variables, x):
     return MultiScaleExtraction("res2net", 4).apply(variables, x, False)
 
@@ -175,7 +175,7 @@ def test_attention_by_hand():
         "channel_score": {"kernel": jnp.zeros((4, 2)).at[0].set(jnp.array([0.5, -0.5]))},
         "spatial_conv": {"kernel": jnp.float32(kernel)},
     }
-    apply = jit(DualAttention(16).apply)
+    apply = jax.jit(DualAttention(16).apply)
     y = apply({"params": params}, x)
     np.testing.assert_allclose(y[0, ..., 0].ravel(), [0.553844, 0.989403, 1.835000, 1.964940], atol=2e-6)
     np.testing.assert_allclose(y[0, ..., 1].ravel(), [0, 0.007057, 0, -0.007007], atol=1e-6)
@@ -189,7 +189,7 @@ def test_gradient_of_the_attention_is_finite():
     x = jnp.float32(np.random.default_rng(0).normal(size=(8, 2, 2, 16)))
     variables = draw_variables_of_attention(x)
 
-    @jit
+    @jax.jit
     def gradient(variables, x):
         return jax.grad(lambda *a: (DualAttention(16).apply(*a) ** 2).sum(), (0, 1))(
             variables, 1.37 * x + 0.1
@@ -327,7 +327,7 @@ def test_everything_that_a_training_pass_computes(extraction, reconstruction, ea
         method = make_method("tiny+tiny_wide", feat_loss_weight=0.5, **settings)
         variables = draw_variables(method, images)
 
-        @jit
+        @jax.jit
         def run(variables):
             outputs, _ = method.apply(variables, images, True, mutable=["batch_stats"])
             own = {name: tree["subnetworks"] for name, tree in variables.items()}
@@ -393,7 +393,7 @@ def test_which_gradient_reaches_what(kind):
     names = [f"{term}/{name}" for term in ("cross_entropy", "distillation") for name in CE]
     names += ["feature/sub_0", "feature/sub_1"]
 
-    @jit
+    @jax.jit
     def gradient(params, seed):
         def terms(params):
             outputs, _ = method.apply(variables | {"params": params}, images, True, mutable=["batch_stats"])
@@ -435,7 +435,7 @@ def test_symmetries():
             }
             return {"fusion": fusion, "subnetworks": {"branches": branches}, **swapped}
 
-        @jit
+        @jax.jit
         def run(variables):
             outputs, _ = method.apply(variables, images, True, mutable=["batch_stats"])
             scalars, terms = method.objectives(outputs, labels, jnp.float32(80))
@@ -469,9 +469,9 @@ def test_two_whole_steps():
         params = variables["params"]
         model_state = {"batch_stats": variables["batch_stats"]}
         state, run = first_state(method, config, params, model_state)
-        run = jit(run)
+        run = jax.jit(run)
 
-        @jit
+        @jax.jit
         @jax.grad
         def gradient(params, statistics):
             outputs, _ = method.apply(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables, jit
+from conftest import draw_variables
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.models import NETWORKS, base, mobilenet, shufflenet
@@ -120,7 +120,7 @@ def test_trunk_and_branch_are_cuts_of_the_whole_network(name, side, cut):
     inputs = jax.random.normal(jax.random.key(1), (4, side, side, 3))
     variables = draw_variables(network, inputs)
 
-    @jit
+    @jax.jit
     def run(variables, inputs):
         def apply(network, inputs):
             outputs, updates = network.apply(variables, inputs, True, mutable=["batch_stats"])
@@ -230,7 +230,7 @@ def test_blocks_against_numpy(block, channels, in_numpy, settings):
     inputs = np.random.default_rng(1).normal(0, 10, (2, 6, 5, channels))
     with jax.enable_x64(True):
         variables = draw_variables(block, jnp.asarray(inputs))
-        actual = jit(functools.partial(block.apply, train=False))(variables, inputs)
+        actual = jax.jit(functools.partial(block.apply, train=False))(variables, inputs)
     expected = in_numpy(InNumpy(variables), inputs, *settings)
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
 
@@ -262,7 +262,7 @@ def test_stems_against_numpy(name, side, stride):
     network = NETWORKS.lookup(name)(10, stop=0)
     with jax.enable_x64(True):
         variables = draw_variables(network, jnp.asarray(inputs))
-        actual = jit(functools.partial(network.apply, train=False))(variables, inputs)
+        actual = jax.jit(functools.partial(network.apply, train=False))(variables, inputs)
     expected = relu(InNumpy(variables).layer(inputs, "stem", stride))
     if name == "mobilenetv2":
         expected = np.minimum(expected, 6)
@@ -281,7 +281,7 @@ def test_stages_of_vgg_against_numpy(index, side, pooled):
     network = NETWORKS.lookup("vgg13")(10, start=index, stop=index + 1)
     with jax.enable_x64(True):
         variables = draw_variables(network, jnp.asarray(x))
-        actual = jit(functools.partial(network.apply, train=False))(variables, x)
+        actual = jax.jit(functools.partial(network.apply, train=False))(variables, x)
     layers = InNumpy(variables)
     if pooled:
         x = x.reshape(1, side // 2, 2, side // 2, 2, 3).max((2, 4))
@@ -297,7 +297,7 @@ def test_second_stage_of_mobilenet_against_numpy(name, ceiling):
     network = NETWORKS.lookup(name)(10, start=1, stop=2)
     with jax.enable_x64(True):
         variables = draw_variables(network, jnp.asarray(x))
-        actual = jit(functools.partial(network.apply, train=False))(variables, x)
+        actual = jax.jit(functools.partial(network.apply, train=False))(variables, x)
     for block, residual in (("stage2_block1", False), ("stage2_block2", True)):
         layers = InNumpy({kind: tree[block] for kind, tree in variables.items()})
         x = inverted_residual(layers, x, 1, True, residual, ceiling)
@@ -314,7 +314,7 @@ def test_last_map_is_what_the_head_pools(name, channels, highest):
     network = network.clone(start=network.num_stages - 1)
     inputs = jax.random.normal(jax.random.key(1), (2, 4, 4, channels))
     variables = draw_variables(network, inputs)
-    outputs = jit(functools.partial(network.apply, train=False))(variables, inputs)
+    outputs = jax.jit(functools.partial(network.apply, train=False))(variables, inputs)
     assert outputs.feature_map.min() == 0  # after the last ReLU
     if highest:
         assert outputs.feature_map.max() == highest
@@ -327,7 +327,7 @@ def test_last_map_is_what_the_head_pools(name, channels, highest):
 
 def test_biases_of_vgg_start_at_zero():
     network = NETWORKS.lookup("vgg8")(10, stop=1)
-    init = jit(functools.partial(network.init, train=False))
+    init = jax.jit(functools.partial(network.init, train=False))
     params = init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     np.testing.assert_array_equal(params["stage1_conv1"]["bias"], np.zeros(64))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables, jit
+from conftest import draw_variables
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
@@ -53,7 +53,7 @@ def images(network):
 
 
 def init(module, inputs, seed=0):
-    return jit(functools.partial(module.init, train=False))(jax.random.key(seed), inputs)
+    return jax.jit(functools.partial(module.init, train=False))(jax.random.key(seed), inputs)
 
 
 @pytest.mark.parametrize(("name", "classes", "whole", "trunk", "branch", "shared"), SIZES)
@@ -168,7 +168,7 @@ def test_head_starts_uniform(resnet8):
 
 
 def init_dense(layer, fan_in):
-    return jit(layer.init)(jax.random.key(1), jnp.zeros((1, fan_in)))["params"]
+    return jax.jit(layer.init)(jax.random.key(1), jnp.zeros((1, fan_in)))["params"]
 
 
 def test_norms_start_as_the_identity(resnet8):
@@ -195,7 +195,7 @@ def test_trunk_and_branch_are_cuts_of_the_whole_network(name, side, cuts):
     inputs = jax.random.normal(jax.random.key(1), (4, side, side, 3))
     variables = draw_variables(network, inputs)
 
-    @jit
+    @jax.jit
     def run(variables, inputs):
         whole, updates = network.apply(variables, inputs, True, mutable=["batch_stats"])
         parts = []

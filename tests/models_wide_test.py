@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables, jit
+from conftest import draw_variables
 
 from ffl_jax.models import NETWORKS, base
 from ffl_jax.subnetworks import build
@@ -195,7 +195,7 @@ def test_values_and_cuts(name):
         inputs = np.random.default_rng(1).normal(size=(3, 10, 6, 3))
         variables = draw_variables(network, jnp.asarray(inputs))
 
-        @jit
+        @jax.jit
         def run(variables, inputs):
             whole = network.apply(variables, inputs, True, mutable=["batch_stats"])
             parts = []
@@ -264,7 +264,9 @@ def test_names_do_not_depend_on_the_cut(name):
 
 def test_biases_start_uniform_by_the_inputs_of_a_convolution():
     network = NETWORKS.lookup("wrn16_2")(10)
-    variables = jit(functools.partial(network.init, train=False))(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+    variables = jax.jit(functools.partial(network.init, train=False))(
+        jax.random.key(0), jnp.zeros((1, 4, 4, 3))
+    )
     # PyTorch's default: 1 / sqrt(kernel^2 channels), by hand. 9 * 32, 9 * 128, 32.
     block2, block3 = variables["params"]["stage2_block1"], variables["params"]["stage3_block2"]
     for layer, bound in (

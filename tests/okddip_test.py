@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import draw_variables, jit
+from conftest import draw_variables
 from reference import check_reach, first_state, slopes, softmax
 
 from configs import cifar100, common, imagenet
@@ -98,7 +98,7 @@ def test_gradient_of_the_loss(target_grad):
     if target_grad != "none":
         expected_attention = slopes(lambda alpha: loss(LOGITS, LOGITS, alpha), ATTENTION)
 
-    @jit
+    @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradient(logits, attention):
         settings = {"target_grad": target_grad, "distillation_weight": 0.3}
@@ -163,7 +163,7 @@ def test_what_it_computes():
         state = draw_variables(method, images)
         params = state.pop("params")
 
-        @jit
+        @jax.jit
         def both(params):
             own = {"batch_stats": state["batch_stats"]["subnetworks"]}
             networks = run(method.subnetworks, params["subnetworks"], own, images)
@@ -209,7 +209,7 @@ def test_which_gradient_reaches_what(kind, target_grad):
     subs = method.subnetwork_names()
     names = [f"{what}/{name}" for what in ("cross_entropy", "distillation") for name in subs]
 
-    @jit
+    @jax.jit
     def gradients(params, seed):
         def terms(params):
             outputs = run(method, params, model_state, batch["image"])
@@ -233,7 +233,7 @@ def test_a_step_of_the_recipe():
         state, step = first_state(method, config, params, model_state)
         own = {"batch_stats": model_state["batch_stats"]["subnetworks"]}
 
-        @jit
+        @jax.jit
         def both(state):
             def loss(params):
                 """Written again, from the networks' outputs on."""

@@ -124,7 +124,7 @@ def test_gate_looks_at_the_trunk_by_the_statistics_of_the_batch():
         method = make_method()
         params, state, images, _ = draw(method)
 
-        @reference.jit
+        @jax.jit
         def both(params):
             outputs = run(method, params, state, images)
             own = {"batch_stats": state["batch_stats"]["subnetworks"]}
@@ -149,7 +149,7 @@ def test_trunk_takes_the_plain_sum_of_all_gradients():
         trunk = params["subnetworks"]["trunk"]
         direction = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), trunk)
 
-        @reference.jit
+        @jax.jit
         @jax.value_and_grad
         def loss(trunk):
             moved = params | {"subnetworks": params["subnetworks"] | {"trunk": trunk}}

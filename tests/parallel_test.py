@@ -14,9 +14,7 @@ SCRIPT = pathlib.Path(__file__).parent / "parallel_script.py"
 
 def run_script(commands, what, path):
     """{(mode or method, devices): {path: array}} after a few steps."""
-    # Compiling takes longer than running here.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    commands.run(SCRIPT, what, path, env={"XLA_FLAGS": flags})
+    commands.run(SCRIPT, what, path, devices=8)
     grouped = {}
     for name, value in np.load(path).items():
         run, devices, leaf = name.split(" ", 2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import draw_variables, jit
+from conftest import draw_variables
 from flax import linen as nn
 from reference import first_state, slopes, softmax
 
@@ -45,7 +45,7 @@ def evaluate(epoch=100.0, **settings):
     """Objectives, terms, and the gradient of the loss by every output."""
     method = make_method(**settings)
 
-    @jit
+    @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def gradient(outputs):
         scalars, terms = method.objectives(outputs, LABELS, jnp.float32(epoch))
@@ -118,7 +118,7 @@ def test_which_gradient_reaches_what(vectorize):
     kinds = ("cross_entropy", "ensemble_distillation", "mean_teacher_distillation")
     names = [f"{kind}/sub_{k}" for kind in kinds for k in range(3)] + ["cross_entropy/fused"]
 
-    @jit
+    @jax.jit
     def gradients(params, ema, seed):
         def terms(params, ema):
             state = {"batch_stats": variables["batch_stats"], "ema": {**variables["ema"], "params": ema}}
@@ -213,7 +213,7 @@ def test_two_steps_of_the_recipe():
         variables["ema"]["params"] = jax.tree.map(lambda x: 0.5 * x, variables["ema"]["params"])
         params = variables.pop("params")
         state, step = first_state(method, config, params, variables, (3, 3, 3), steps_per_epoch=1)
-        step = jit(step)
+        step = jax.jit(step)
         for _ in range(2):
             state = step(state, {"image": jnp.asarray(images), "label": jnp.asarray(labels)})
 
@@ -251,9 +251,9 @@ def test_copy_begins_equal_and_follows():
     methods = {
         average: PCL(Stacked(Plain(4), 2, 1), 4, average_statistics=average) for average in (False, True)
     }
-    params, model_state = jit(functools.partial(steps.init_variables, methods[False], image_shape=(3, 3, 3)))(
-        jax.random.key(0)
-    )
+    params, model_state = jax.jit(
+        functools.partial(steps.init_variables, methods[False], image_shape=(3, 3, 3))
+    )(jax.random.key(0))
     assert model_state.keys() == {"batch_stats", "ema"}
     jax.tree.map(
         np.testing.assert_array_equal,

@@ -6,7 +6,7 @@ from collections.abc import Collection
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import draw_variables, jit
+from conftest import draw_variables
 
 from configs import common
 from ffl_jax import methods, optimizers, steps
@@ -117,7 +117,7 @@ class Step:
         self._state = variables
         state, step = first_state(self.method, self.config, self.params, variables, steps_per_epoch=1)
 
-        @jit
+        @jax.jit
         def run(state):
             outputs, pullback = jax.vjp(self._forward, state.params)
             new = step(state, self.batch)
@@ -154,7 +154,7 @@ class Step:
 def loss_and_gradients(method, outputs: dict[str, np.ndarray], epoch: float = EPOCH):
     """(loss, terms, gradients of the loss by the outputs) of a method's objective, in float64."""
 
-    @jit
+    @jax.jit
     def run(outputs):
         def loss(outputs):
             scalars, terms = method.objectives(outputs, jnp.asarray(LABELS), jnp.asarray(epoch))
@@ -169,19 +169,18 @@ def loss_and_gradients(method, outputs: dict[str, np.ndarray], epoch: float = EP
 def term_gradients(step: Step) -> dict:
     """{term: gradient by the parameters} of every logged term, in training mode."""
 
-    @jit
-    def run(params):
-        def terms(params):
-            return step.method.objectives(step._forward(params), step.batch["label"], jnp.asarray(EPOCH))[1]
+    def terms(params):
+        return step.method.objectives(step._forward(params), step.batch["label"], jnp.asarray(EPOCH))[1]
 
-        values, pullback = jax.vjp(terms, params)
+    @jax.jit
+    def gradient(params, seed):
+        return jax.vjp(terms, params)[1](seed)[0]
 
-        def gradient(term):
-            return pullback({name: jnp.full_like(x, name == term) for name, x in values.items()})[0]
-
-        return {term: gradient(term) for term in values}
-
-    return run(step.params)
+    values = jax.eval_shape(terms, step.params)
+    return {
+        term: gradient(step.params, {name: jnp.full_like(x, name == term) for name, x in values.items()})
+        for term in values
+    }
 
 
 def parts_of(tree, num: int) -> dict:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import draw_variables, jit
+from conftest import draw_variables
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.models import NETWORKS
@@ -51,12 +51,12 @@ def test_vmap_equals_loop_and_both_equal_plain_networks(num, shared_stages):
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes(loop), shapes(vmap))
     with jax.enable_x64(True):
         variables, images = draw_variables(loop, draw_images()), draw_images()
-        outputs, statistics, gradients = jit(functools.partial(train, loop))(variables, images)
-        vmapped = jit(functools.partial(train, vmap))(variables, images)
+        outputs, statistics, gradients = jax.jit(functools.partial(train, loop))(variables, images)
+        vmapped = jax.jit(functools.partial(train, vmap))(variables, images)
         assert len(outputs) == num
         chex.assert_trees_all_close(vmapped, (outputs, statistics, gradients), **TOLERANCE)
 
-        @jit
+        @jax.jit
         def run_alone(variables, k):
             def loss(params):
                 output, updates = loop.member(0).apply(
@@ -93,11 +93,11 @@ def test_every_subnetwork_sees_its_own_view(kind):
     with jax.enable_x64(True):
         variables = draw_variables(module, draw_images())
         views = jnp.stack([draw_images(), jnp.flip(draw_images(), 2) + 1])
-        outputs, updates = jit(functools.partial(module.apply, train=True, mutable=["batch_stats"]))(
+        outputs, updates = jax.jit(functools.partial(module.apply, train=True, mutable=["batch_stats"]))(
             variables, views
         )
         for k in range(2):
-            alone, statistics = jit(
+            alone, statistics = jax.jit(
                 functools.partial(module.member(k).apply, train=True, mutable=["batch_stats"])
             )(module.extract(variables, k), views[k])
             chex.assert_trees_all_close(outputs[k].logits, alone.logits, **TOLERANCE)
@@ -109,7 +109,7 @@ def test_the_trunk_takes_all_views_as_one_batch(vectorize):
     module = build("tiny", 2, 10, 1, vectorize)
     with jax.enable_x64(True):
         variables, views = draw_variables(module, draw_images()), jnp.stack([draw_images(), draw_images()])
-        apply = jit(functools.partial(module.apply, train=True, mutable=["batch_stats"]))
+        apply = jax.jit(functools.partial(module.apply, train=True, mutable=["batch_stats"]))
         joint, updates = apply(variables, views)
         single, expected = apply(variables, draw_images())
         # Twice the same images have the statistics of one time.
@@ -124,7 +124,7 @@ def test_trunk_gradient_scales_what_the_branches_send_back():
     with jax.enable_x64(True):
         variables, images = draw_variables(module, draw_images()), draw_images()
 
-        @functools.partial(jit, static_argnums=0)
+        @functools.partial(jax.jit, static_argnums=0)
         def gradients(scale):
             def loss(params):
                 outputs = module.apply(variables | {"params": params}, images, False, scale)
@@ -144,7 +144,7 @@ def test_inference_leaves_statistics_as_they_are():
     with jax.enable_x64(True):
         variables = draw_variables(module, draw_images())
 
-        @jit
+        @jax.jit
         def run(variables):
             return module.apply(variables, draw_images(), train=False, mutable=["batch_stats"])
 
@@ -158,9 +158,9 @@ def test_a_member_alone_repeats_the_joint_prediction(kind):
     module = build(network, 2, 10, 2 if kind == "shared" else 0)
     with jax.enable_x64(True):
         variables, images = draw_variables(module, draw_images()), draw_images()
-        joint = jit(functools.partial(module.apply, train=False))(variables, images)
+        joint = jax.jit(functools.partial(module.apply, train=False))(variables, images)
         for k in range(2):
-            alone = jit(functools.partial(module.member(k).apply, train=False))
+            alone = jax.jit(functools.partial(module.member(k).apply, train=False))
             output = alone(module.extract(variables, k), images)
             chex.assert_trees_all_close(output.logits, joint[k].logits, **TOLERANCE)
         assert np.abs(joint[0].logits - joint[1].logits).max() > 1e-2
@@ -175,7 +175,7 @@ def test_extracted_variables_are_those_of_the_plain_network():
 
 def test_branches_start_different():
     module = build("resnet8", 3, 10, 2)
-    params = jit(functools.partial(module.init, train=False))(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    params = jax.jit(functools.partial(module.init, train=False))(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     kernels = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params["params"]["branches"])

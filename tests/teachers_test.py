@@ -28,13 +28,11 @@ from ffl_jax.parallel import Parallel
 
 @pytest.fixture(scope="module", autouse=True)
 def _quickly():
-    """Compiling takes longer than running here, and so does reading the digits again for every run."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Reading the digits again for every run would take longer than training."""
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells all it does
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_digits", functools.cache(datasets.load_digits))
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
     logging.getLogger("absl").setLevel(logging.NOTSET)
 
 

@@ -17,17 +17,17 @@ from configs import digits
 from ffl_jax import checkpoint, config, data, errors, outputs, preemption, train
 from ffl_jax.experiment import Experiment
 
-# 2 epochs of 90 steps on the digits, saved and logged at odd places.
+# 2 epochs of 45 steps on the digits, saved and logged at odd places.
 SETTINGS = (
     "--config.epochs=2",
-    "--config.batch_size=16",
+    "--config.batch_size=32",
     "--config.data.validation_examples=10",
     "--config.evaluation.every_epochs=1",
-    "--config.checkpoint.every_steps=4",
+    "--config.checkpoint.every_steps=5",
     "--config.log_every_steps=7",
     "--config.optimizer.schedule=constant",  # unlike cosine, it lets a run be prolonged
 )
-STEPS = 2 * 90  # ceil(1427 / 16) = 90
+STEPS = 2 * 45  # ceil(1427 / 32) = 45
 
 
 def arguments(workdir):
@@ -100,13 +100,13 @@ def test_files_of_a_run(reference):
     assert summary["predictors"].keys() == {"sub_0", "sub_1", "ensemble", "fused"}
     for scores in summary["predictors"].values():
         assert scores.keys() == {"top1", "top5", "nll", "ece", "parameters", "flops"}
-        assert scores["top1"] > 0.8
+        assert scores["top1"] > 0.6
     assert summary["images_per_second"] > 0
     rows = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
     trained = [row["step"] for row in rows if row["split"] == "train"]
-    assert trained == sorted({*range(7, STEPS + 1, 7), 90, STEPS})
+    assert trained == sorted({*range(7, STEPS + 1, 7), 45, STEPS})
     for split in ("validation", "test"):
-        assert [row["step"] for row in rows if row["split"] == split] == [90, STEPS]
+        assert [row["step"] for row in rows if row["split"] == split] == [45, STEPS]
         assert {"fused/top1", "fused/top5", "sub_1/nll", "ensemble/ece"} <= rows[-1].keys()
     terms = ("cross_entropy/sub_0", "distillation/fused", "distillation_weight", "loss")
     assert all(term in rows[0] for term in terms)
@@ -114,7 +114,7 @@ def test_files_of_a_run(reference):
     validation = {row["step"]: row["sub_0/top1"] for row in rows if row["split"] == "validation"}
     assert summary["best"]["step"] == max(validation, key=lambda step: (validation[step], -step))
     assert checkpoint.steps(reference / "checkpoints" / "best") == [summary["best"]["step"]]
-    assert checkpoint.steps(reference / "checkpoints") == [STEPS - 4, STEPS]
+    assert checkpoint.steps(reference / "checkpoints") == [STEPS - 5, STEPS]
     events = next((reference / "tensorboard").iterdir())
     assert b"train/cross_entropy/sub_0" in events.read_bytes()
     assert (reference / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -131,10 +131,10 @@ def test_second_start_says_complete_and_writes_nothing(commands, reference):
 
 
 def test_killed_at_random_moments(commands, reference, tmp_path):
-    """SIGKILL seven times: five while training, at random steps, and two anywhere from the start on."""
+    """SIGKILL five times: four while training, at random steps, and once anywhere from the start on."""
     random_numbers = random.Random(0)
-    steps = iter(sorted(random_numbers.sample(range(10, STEPS - 20), 5)))
-    for kill in range(7):
+    steps = iter(sorted(random_numbers.sample(range(8, STEPS - 20), 4)))
+    for kill in range(5):
         process = commands.start(*arguments(tmp_path))
         if kill % 3 == 2:
             time.sleep(random_numbers.uniform(0, 2))
@@ -149,18 +149,18 @@ def test_killed_at_random_moments(commands, reference, tmp_path):
     assert_same_run(tmp_path, reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_ends_with_75(commands, reference, tmp_path, number):
-    process = commands.start(*arguments(tmp_path))
-    wait_for_step(tmp_path, 14, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 75, errors
-    assert "run the same command again" in errors.splitlines()[-1]
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["status"] == "preempted"
-    # Not a step was lost: the signal's own step is saved.
-    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == summary["step"] < STEPS
+def test_signals_save_and_end_with_75(commands, reference, tmp_path):
+    for number, step in ((signal.SIGTERM, 14), (signal.SIGINT, 49)):
+        process = commands.start(*arguments(tmp_path))
+        wait_for_step(tmp_path, step, process)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 75, errors
+        assert "run the same command again" in errors.splitlines()[-1]
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert summary["status"] == "preempted"
+        # Not a step was lost: the signal's own step is saved.
+        assert step <= checkpoint.steps(tmp_path / "checkpoints")[-1] == summary["step"] < STEPS
     commands.run(*arguments(tmp_path))
     assert_same_run(tmp_path, reference)
 
@@ -219,7 +219,7 @@ def test_damaged_checkpoint_is_set_aside(commands, reference, tmp_path):
     largest.write_bytes(content)
     result = commands.run(*arguments(tmp_path))
     assert "damaged" in result.stderr
-    assert f"Continuing from step {STEPS - 4}" in result.stderr
+    assert f"Continuing from step {STEPS - 5}" in result.stderr
     assert_same_run(tmp_path, reference)
     assert (tmp_path / f"checkpoints/quarantine/{STEPS}").is_dir()
 
@@ -264,7 +264,7 @@ def test_nothing_is_compiled_after_the_first_evaluation(tmp_path, monkeypatch):
         write(log, step, epoch, split, scalars)
 
     monkeypatch.setattr(outputs.MetricsLog, "write", counted)
-    settings = digits.get_config("epochs=3")
+    settings = digits.get_config("epochs=3,network=tiny")
     settings.log_every_steps = 2
     settings.evaluation.every_epochs = 1
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -282,7 +282,7 @@ def test_nothing_is_compiled_after_the_first_evaluation(tmp_path, monkeypatch):
 @pytest.mark.parametrize("asked", [0, 2])
 def test_stopped_before_or_within_the_last_evaluation(tmp_path, monkeypatch, asked):
     """A signal at the last step saves it unevaluated; the next start evaluates, then the run is complete."""
-    settings = digits.get_config("epochs=1")
+    settings = digits.get_config("epochs=1,network=tiny")
     settings.evaluation.batch_size = 100  # asked before the first batch and each of the others
     answers = itertools.chain([False] * asked, itertools.repeat(True))
     log = tmp_path / "metrics.jsonl"
@@ -302,7 +302,7 @@ def test_stopped_before_or_within_the_last_evaluation(tmp_path, monkeypatch, ask
 
 def test_no_room_for_checkpoints(tmp_path, monkeypatch):
     """Refused before a step is compiled or a file of the run is written."""
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**6))
-    with pytest.raises(errors.ResourceError, match=r"1\.0 MB free, but 2 checkpoints and the next one need"):
-        train.train(digits.get_config(), tmp_path)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**4))
+    with pytest.raises(errors.ResourceError, match=r"0\.0 MB free, but 2 checkpoints and the next one need"):
+        train.train(digits.get_config("network=tiny"), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
