@@ -22,7 +22,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 _OPTIONS = {"xla_backend_optimization_level": (0, 3)}
 if jax.__version_info__ < (0, 11):
     _OPTIONS["xla_cpu_use_fusion_emitters"] = (False, True)
-os.environ["XLA_FLAGS"] = " ".join(f"--{name}={str(here).lower()}" for name, (here, _) in _OPTIONS.items())
+_FLAGS = [f"--{name}={str(here).lower()}" for name, (here, _) in _OPTIONS.items()]
+# The last of equal flags counts.
+os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))
 AS_USERS = {name: usual for name, (_, usual) in _OPTIONS.items()}  # `compiler_options` for some tests
 
 
@@ -90,7 +92,7 @@ class Commands:
 
     def start(self, *command: str, devices: int = 1, cwd=None, env=None) -> subprocess.Popen:
         """Starts `python COMMAND` with that many devices; standard output and error are kept."""
-        # Programs are found in the cache more often than compiled: the last one of equal flags counts.
+        # Programs are found in the cache more often than compiled.
         flags = (os.environ["XLA_FLAGS"], "--xla_backend_optimization_level=1")
         flags = f"{' '.join(flags)} --xla_force_host_platform_device_count={devices}"
         environment = self._environment | {"XLA_FLAGS": flags}

@@ -13,7 +13,7 @@ from ffl_jax.data import Split
 from ffl_jax.evaluation import Evaluator
 from ffl_jax.models import NetworkOutputs
 
-SIZES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33)
+SIZES = (1, 7, 8, 9, 16, 33)
 
 
 class Linear(nn.Module):

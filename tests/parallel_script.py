@@ -71,7 +71,7 @@ def initial(method, config):
 
 def ffl():
     """{"MODE DEVICES LEAF": array} of FFL after four steps."""
-    config = digits.get_config("network=resnet8")
+    config = digits.get_config("network=tiny")
     method = methods.build(config, 10)
     made, start = initial(method, config)
     rng = np.random.default_rng(0)

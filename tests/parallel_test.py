@@ -49,7 +49,7 @@ def test_modes_agree(results, devices):
 def test_training_moved_everything(results):
     """Else equal numbers would say little."""
     momenta = [value for leaf, value in results["pmap", 1].items() if "trace" in leaf]
-    assert len(momenta) == len([leaf for leaf in results["pmap", 1] if leaf.startswith("[0]")]) > 30
+    assert len(momenta) == len([leaf for leaf in results["pmap", 1] if leaf.startswith("[0]")]) > 15
     assert all(np.abs(value).max() > 0 for value in momenta)
 
 
