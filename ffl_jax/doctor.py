@@ -15,9 +15,9 @@ from ffl_jax.errors import FFLError
 USAGE = """
 python -m ffl_jax.doctor [--config=configs/DATA.py[:PRESETS]] [--workdir=DIR] [--config.KEY=VALUE ...]
 
-Prints versions, devices, free space, whether the configuration is sound and its dataset found, and what to
-run next. Writes nothing but the cache of the decoded dataset. Ends with the exit code that training would be
-refused with.
+Prints versions, devices, free space, whether the configuration is sound, its dataset and teachers found, and
+what to run next. Writes nothing but the cache of the decoded dataset. Ends with the exit code that training
+would be refused with.
 """
 
 
@@ -31,7 +31,7 @@ def command(argv: list[str]):
     import jax
 
     from ffl_jax import config as config_lib
-    from ffl_jax import data, experiment, parallel
+    from ffl_jax import data, experiment, methods, parallel, teachers
     from ffl_jax.data import cache
 
     _say("Python", f"{platform.python_version()} in {sys.prefix}")
@@ -45,10 +45,13 @@ def command(argv: list[str]):
         _say(title, f"{path}: {shutil.disk_usage(_existing(path)).free / 1e9:.1f} GB free")
 
     failure = None
-    for title, check in (
-        ("configuration", lambda: _check_configuration(config, config_lib, parallel)),
-        ("dataset", lambda: _check_dataset(config, data, experiment)),
-    ):
+    checks = {
+        "configuration": lambda: _check_configuration(config, config_lib, parallel),
+        "dataset": lambda: _check_dataset(config, data, experiment),
+    }
+    if methods.takes_teachers(config.method.name):
+        checks["teachers"] = lambda: _check_teachers(config, data, experiment, teachers)
+    for title, check in checks.items():
         try:
             _say(title, check())
         except FFLError as error:
@@ -77,6 +80,14 @@ def _check_dataset(config, data, experiment):
         f"{dataset.name}: {sizes} images of {height}x{width}, {len(dataset.class_names)} classes, "
         f"{made.steps_per_epoch} steps an epoch"
     )
+
+
+def _check_teachers(config, data, experiment, teachers):
+    runs = teachers.named_runs(config)
+    if not runs:
+        return f"{config.teachers.num} x {config.teachers.network}, to be trained before the student"
+    teachers.load(runs, experiment.Experiment(config, data.load(config.data)))
+    return f"found in {', '.join(runs)}"
 
 
 def _existing(path: Path) -> Path:

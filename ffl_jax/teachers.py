@@ -39,15 +39,7 @@ def prepare(config: ConfigDict, workdir: Path, train: Callable) -> list[str]:
     """
     if not methods.takes_teachers(config.method.name):
         return []
-    runs, num = list(config.teachers.runs), config.teachers.num
-    for run in runs:
-        if not isinstance(run, str):
-            raise ConfigError(f"config.teachers.runs: {run} is read as a number, write it as ./{run}.")
-    if runs and len(runs) != num:
-        raise ConfigError(
-            f"config.teachers.runs names {len(runs)} run(s), but config.teachers.num is {num}: set it to "
-            f"{len(runs)}, or give --config.teachers.runs=DIR once for each teacher."
-        )
+    runs, num = named_runs(config), config.teachers.num
     if runs:
         return runs
     names = config_lib.teacher_names(config)
@@ -58,6 +50,20 @@ def prepare(config: ConfigDict, workdir: Path, train: Callable) -> list[str]:
         logging.info("Teacher %d of %d first: %s", index + 1, num, what)
         train(teacher, runs[-1])
     logging.info("Now their student, in %s", workdir)
+    return runs
+
+
+def named_runs(config: ConfigDict) -> list[str]:
+    """The runs that `config.teachers.runs` names; raises ConfigError if they are not one for each teacher."""
+    runs, num = list(config.teachers.runs), config.teachers.num
+    for run in runs:
+        if not isinstance(run, str):
+            raise ConfigError(f"config.teachers.runs: {run} is read as a number, write it as ./{run}.")
+    if runs and len(runs) != num:
+        raise ConfigError(
+            f"config.teachers.runs names {len(runs)} run(s), but config.teachers.num is {num}: set it to "
+            f"{len(runs)}, or give --config.teachers.runs=DIR once for each teacher."
+        )
     return runs
 
 
@@ -97,19 +103,11 @@ def install(state: TrainState, runs: list[str], experiment: Experiment) -> Train
       experiment: of the student.
 
     Raises:
-      CheckpointError: a run is missing or unfinished, and the message has the command that trains it; or it
-        is not one of such a network on such data.
+      CheckpointError: see `load`.
     """
     if not runs:
         return state
-    places = [_place(run) for run in runs]
-    problems = [_problem(*place, index, experiment) for index, place in enumerate(places)]
-    if any(problems):
-        raise CheckpointError(
-            f"config.teachers.runs: {'; '.join(filter(None, problems))}. Without config.teachers.runs, all "
-            "teachers are trained first."
-        )
-    teachers = [_load(*place, index, experiment) for index, place in enumerate(places)]
+    teachers = load(runs, experiment)
 
     def join(kind, tree):
         if "teachers" not in tree:
@@ -119,6 +117,23 @@ def install(state: TrainState, runs: list[str], experiment: Experiment) -> Train
 
     model_state = {kind: join(kind, tree) for kind, tree in state.model_state.items()}
     return state.replace(params=join("params", state.params), model_state=model_state)
+
+
+def load(runs: list[str], experiment: Experiment) -> list[dict]:
+    """The variables of the teachers of an experiment, from their runs.
+
+    Raises:
+      CheckpointError: a run is missing or unfinished, and the message has the command that trains it; or it
+        is not one of such a network on such data.
+    """
+    places = [_place(run) for run in runs]
+    problems = [_problem(*place, index, experiment) for index, place in enumerate(places)]
+    if any(problems):
+        raise CheckpointError(
+            f"config.teachers.runs: {'; '.join(filter(None, problems))}. Without config.teachers.runs, all "
+            "teachers are trained first."
+        )
+    return [_load(*place, index, experiment) for index, place in enumerate(places)]
 
 
 def _place(run: str) -> tuple[Path, str]:

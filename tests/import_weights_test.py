@@ -551,7 +551,7 @@ def test_a_leader_becomes_a_run_that_can_be_scored(command, tmp_path, capsys):
     np.testing.assert_allclose(config["data"]["mean"], mean)
     logits = Reference(state).resnet(((test.images / 255 - mean) / std).transpose(0, 3, 1, 2))
     nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), test.labels]
-    assert scores.keys() == {"sub_0", "ensemble"}
+    assert scores.keys() == {"sub_0"}
     for one in scores.values():
         assert one["top1"] == (logits.argmax(-1) == test.labels).mean()
         np.testing.assert_allclose(one["nll"], nll.mean(), rtol=1e-5)

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn import datasets
 
 from configs import digits, folder
-from ffl_jax import checkpoint, cli, data, main, outputs, preemption, teachers, train
+from ffl_jax import checkpoint, cli, data, doctor, main, outputs, preemption, teachers, train
 from ffl_jax import config as config_lib
 from ffl_jax.data import Split
 from ffl_jax.errors import CheckpointError, ConfigError, Preempted
@@ -374,6 +374,22 @@ def test_missing_runs_come_with_their_commands(monkeypatch, tmp_path):
     with pytest.raises(CheckpointError) as error:
         install(config, experiment)
     assert len(commands_in(error.value)) == 1  # the first is there now
+
+
+def test_doctor_looks_for_teachers(monkeypatch, tmp_path, capsys):
+    def diagnose(*arguments):
+        argv = ["doctor", "--config=configs/digits.py:method=kd,network=tiny", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections reads what is set
+        doctor.command(argv)
+
+    diagnose()
+    assert "teachers:       1 x tiny, to be trained before the student" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="holds no run, train it with"):
+        diagnose(f"--config.teachers.runs={tmp_path}")
+    assert "teachers:       NOT USABLE: " in capsys.readouterr().out
+    write_run(configuration("independent"), tmp_path, step=23)
+    diagnose(f"--config.teachers.runs={tmp_path}")
+    assert f"teachers:       found in {tmp_path}" in capsys.readouterr().out
 
 
 def test_unfinished_runs_come_with_the_command_that_continues(monkeypatch, tmp_path):

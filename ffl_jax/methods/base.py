@@ -115,7 +115,8 @@ class Method(nn.Module):
     def predictions(self, outputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Pure. Returns {prediction: logits [B, C]}; evaluation scores each under its name."""
         logits = outputs["logits"]
-        return dict(zip(self.subnetwork_names(), logits, strict=True)) | {"ensemble": logits.mean(axis=0)}
+        predictions = dict(zip(self.subnetwork_names(), logits, strict=True))
+        return predictions | ({"ensemble": logits.mean(axis=0)} if len(logits) > 1 else {})
 
     def subnetwork_names(self) -> tuple[str, ...]:
         """Names of the K sub-networks in order."""
