@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import draw_variables
-from reference import check_reach, first_state
+from reference import check_reach, first_state, term_gradients
 
 from configs import common
 from ffl_jax.errors import ConfigError
@@ -306,24 +306,19 @@ def test_which_gradient_reaches_what(kind):
         for k in range(num)
     ]
 
-    @jax.jit
-    def gradient(params, seed):
-        def terms(params):
-            outputs, _ = method.apply(variables | {"params": params}, images, True, mutable=["batch_stats"])
-            _, terms = method.objectives(outputs, labels, jnp.float32(0))
-            return {name: terms[name] for name in seed}
+    def terms(params):
+        outputs, _ = method.apply(variables | {"params": params}, images, True, mutable=["batch_stats"])
+        _, terms = method.objectives(outputs, labels, jnp.float32(0))
+        return {name: terms[name] for name in names}
 
-        return jax.vjp(terms, params)[1](seed)[0]
-
-    for name in names:
+    for name, gradient in term_gradients(terms, variables["params"]).items():
         term, learner = name.split("/")
         k = learner.removeprefix("sub_")
         own = {
             "adversarial": (f"stages_{k}", f"transfers_{k}", "trunk"),
             "discrimination": (f"discriminators_{k}",),
         }.get(term, (f"stages_{k}", f"head_{k}", "trunk"))
-        seed = {other: jnp.float32(other == name) for other in names}
-        check_reach(gradient(variables["params"], seed), num, own, name)
+        check_reach(gradient, num, own, name)
 
 
 def adam_step(weight, gradient, moments, step, rate, decay):

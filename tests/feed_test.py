@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from conftest import draw_variables
 from reference import first_state
 
@@ -243,17 +244,11 @@ def loss_and_terms(method, params, statistics, images):
 def term_gradients(method, params, statistics, images):
     """{term: gradient} of all terms and objectives."""
 
-    @jax.jit
-    def pull(params, seed):
-        def terms(params):
-            scalars, terms = loss_and_terms(method, params, statistics, images)
-            return scalars | terms
+    def terms(params):
+        scalars, terms = loss_and_terms(method, params, statistics, images)
+        return scalars | terms
 
-        return jax.vjp(terms, params)[1](seed)[0]
-
-    scalars, terms = jax.eval_shape(lambda: loss_and_terms(method, params, statistics, images))
-    names = [*scalars, *terms]
-    return {name: pull(params, {other: jnp.float32(other == name) for other in names}) for name in names}
+    return reference.term_gradients(terms, params)
 
 
 def part_of(path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import draw_variables
-from reference import check_reach
+from reference import check_reach, term_gradients
 from sklearn import datasets
 
 from configs import digits
@@ -207,20 +207,14 @@ def test_which_gradient_reaches_what(kind):
     images, labels = make_batch(3)
     params, statistics = draw(method, images)
 
-    @jax.jit
-    def gradient(params, seed):
-        def terms(params):
-            _, terms = loss_and_terms(method, params, statistics, images, labels)
-            return {name: terms[name] for name in seed}
-
-        return jax.vjp(terms, params)[1](seed)[0]
-
     learners = [*method.subnetwork_names(), "fused"]
     names = [f"{kind}/{learner}" for kind in ("cross_entropy", "distillation") for learner in learners]
-    gradients = {
-        name: gradient(params, {other: jnp.float32(other == name) for other in names}) for name in names
-    }
-    for term, gradient in gradients.items():
+
+    def terms(params):
+        _, terms = loss_and_terms(method, params, statistics, images, labels)
+        return {name: terms[name] for name in names}
+
+    for term, gradient in term_gradients(terms, params).items():
         learner = term.split("/")[1]
         k = learner.removeprefix("sub_")
         own = ("trunk", f"head_{k}", f"stages_{k}")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import Tiny, draw_variables
+from reference import term_gradients
 
 from configs import common
 from ffl_jax import config as config_lib
@@ -503,16 +504,11 @@ def test_which_gradient_reaches_what():
         _, terms = method.objectives(outputs, labels, jnp.float32(0))
         return {name: x for name, x in terms.items() if not name.startswith(("warmup", "attention_cosine"))}
 
-    @jax.jit
-    def gradient(params, seed):
-        return jax.vjp(terms, params)[1](seed)[0]
-
-    names = jax.eval_shape(terms, variables["params"])
+    gradients = term_gradients(terms, variables["params"])
     # CE and KL of 4 networks and the fused classifier, 2 of diversity, 3 of 3 decoders, 2 of the leader.
-    assert len(names) == 2 * 5 + 2 + 3 * 3 + 2
-    for term in names:
-        seed = {name: jnp.float32(name == term) for name in names}
-        for part, values in parts_of(gradient(variables["params"], seed), method.subnetwork_names()).items():
+    assert len(gradients) == 2 * 5 + 2 + 3 * 3 + 2
+    for term, gradient in gradients.items():
+        for part, values in parts_of(gradient, method.subnetwork_names()).items():
             for path, leaf in jax.tree_util.tree_leaves_with_path(values):
                 where = f"{term} -> {part}{jax.tree_util.keystr(path)}"
                 assert np.any(leaf) == (part in reached_by(term)), where

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import draw_variables
-from reference import check_reach, cross_entropy, first_state, kl_divergence, slopes, softmax
+from reference import check_reach, cross_entropy, first_state, kl_divergence, slopes, softmax, term_gradients
 
 from configs import cifar100, common, digits
 from ffl_jax import checkpoint, train
@@ -283,20 +283,16 @@ def test_a_term_moves_its_own_network_alone(kind):
     variables = draw_variables(method, images[0])
     params = variables.pop("params")
 
-    @jax.jit
-    def gradients(params, seed):
-        def terms(params):
-            outputs, _ = method.apply(
-                {"params": params, **variables}, images, train=True, mutable=["batch_stats"]
-            )
-            return method.objectives(outputs, labels, jnp.float32(0))[1]
+    def terms(params):
+        outputs, _ = method.apply(
+            {"params": params, **variables}, images, train=True, mutable=["batch_stats"]
+        )
+        return method.objectives(outputs, labels, jnp.float32(0))[1]
 
-        return jax.vjp(terms, params)[1](seed)[0]
-
-    names = [f"{what}/sub_{k}" for what in ("cross_entropy", "distillation") for k in range(num)]
-    names.append("cross_entropy/target")
-    for term in names:
-        gradient = gradients(params, {name: jnp.float32(name == term) for name in names})
+    gradients = term_gradients(terms, params)
+    names = {f"{what}/sub_{k}" for what in ("cross_entropy", "distillation") for k in range(num)}
+    assert gradients.keys() == names | {"cross_entropy/target"}
+    for term, gradient in gradients.items():
         learner = term.split("_")[-1]  # the target's cross-entropy has none
         own = (f"stages_{learner}", f"head_{learner}")
         check_reach(gradient, num, own, term)

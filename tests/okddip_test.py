@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import draw_variables
-from reference import check_reach, first_state, slopes, softmax
+from reference import check_reach, first_state, slopes, softmax, term_gradients
 
 from configs import cifar100, common, imagenet
 from ffl_jax import methods, steps
@@ -209,17 +209,12 @@ def test_which_gradient_reaches_what(kind, target_grad):
     subs = method.subnetwork_names()
     names = [f"{what}/{name}" for what in ("cross_entropy", "distillation") for name in subs]
 
-    @jax.jit
-    def gradients(params, seed):
-        def terms(params):
-            outputs = run(method, params, model_state, batch["image"])
-            terms = method.objectives(outputs, batch["label"], jnp.float32(0))[1]
-            return {name: terms[name] for name in names}
+    def terms(params):
+        outputs = run(method, params, model_state, batch["image"])
+        terms = method.objectives(outputs, batch["label"], jnp.float32(0))[1]
+        return {name: terms[name] for name in names}
 
-        return jax.vjp(terms, params)[1](seed)[0]
-
-    for term in names:
-        gradient = gradients(params, {name: jnp.float32(name == term) for name in names})
+    for term, gradient in term_gradients(terms, params).items():
         check_reach(gradient, len(subs), reached_parts(term, target_grad, subs), term)
 
 

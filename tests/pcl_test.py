@@ -9,7 +9,7 @@ import pytest
 import reference
 from conftest import draw_variables
 from flax import linen as nn
-from reference import first_state, slopes, softmax
+from reference import check_reach, first_state, slopes, softmax, term_gradients
 
 from configs import cifar100, common
 from ffl_jax import cost, steps
@@ -118,34 +118,20 @@ def test_which_gradient_reaches_what(vectorize):
     kinds = ("cross_entropy", "ensemble_distillation", "mean_teacher_distillation")
     names = [f"{kind}/sub_{k}" for kind in kinds for k in range(3)] + ["cross_entropy/fused"]
 
-    @jax.jit
-    def gradients(params, ema, seed):
-        def terms(params, ema):
-            state = {"batch_stats": variables["batch_stats"], "ema": {**variables["ema"], "params": ema}}
-            outputs, _ = method.apply({"params": params, **state}, images, train=True, mutable=list(state))
-            terms = method.objectives(outputs, labels, jnp.float32(100))[1]
-            return {name: terms[name] for name in names}
+    def terms(both):
+        params, ema = both
+        state = {"batch_stats": variables["batch_stats"], "ema": {**variables["ema"], "params": ema}}
+        outputs, _ = method.apply({"params": params, **state}, images, train=True, mutable=list(state))
+        terms = method.objectives(outputs, labels, jnp.float32(100))[1]
+        return {name: terms[name] for name in names}
 
-        return jax.vjp(terms, params, ema)[1](seed)
-
-    for term in names:
-        seed = {name: jnp.float32(name == term) for name in names}
-        gradient, by_ema = gradients(variables["params"], variables["ema"]["params"], seed)
+    gradients = term_gradients(terms, (variables["params"], variables["ema"]["params"]))
+    for term, (gradient, by_ema) in gradients.items():
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(by_ema)), term
-        branches = dict(gradient["subnetworks"]["branches"])
-        heads = branches.pop("head")
-        parts = {"trunk": gradient["subnetworks"]["trunk"], "ensemble_head": gradient["ensemble_head"]}
-        for k in range(3):
-            parts[f"head_{k}"], parts[f"stage_{k}"] = (
-                jax.tree.map(lambda leaf, k=k: leaf[k], tree) for tree in (heads, branches)
-            )
-        for part, values in parts.items():
-            if term == "cross_entropy/fused":
-                reached = not part.startswith("head")
-            else:
-                reached = part == "trunk" or part[-1] == term[-1]
-            for path, leaf in jax.tree_util.tree_leaves_with_path(values):
-                assert np.any(leaf) == reached, f"{term} -> {part}{jax.tree_util.keystr(path)}"
+        own = ("trunk", f"head_{term[-1]}", f"stages_{term[-1]}")
+        if term == "cross_entropy/fused":
+            own = ("trunk", "ensemble_head", *(f"stages_{k}" for k in range(3)))
+        check_reach(gradient, 3, own, term)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Losses, their gradients by the logits, and a step of SGD: NumPy in float64, from the formulas."""
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +131,15 @@ class Step:
         )
         return outputs
 
+    def term_gradients(self) -> dict:
+        """{term: gradient by the parameters} of every logged term."""
+
+        def terms(params):
+            epoch = jnp.asarray(EPOCH)
+            return self.method.objectives(self._forward(params), self.batch["label"], epoch)[1]
+
+        return term_gradients(terms, self.params)
+
     def gradients(self, by_outputs: dict[str, np.ndarray]):
         """The gradient by the parameters that follows from the loss's gradient by some of the outputs."""
         cotangents = {
@@ -166,19 +175,16 @@ def loss_and_gradients(method, outputs: dict[str, np.ndarray], epoch: float = EP
     return float(loss), {name: float(x) for name, x in terms.items()}, gradients
 
 
-def term_gradients(step: Step) -> dict:
-    """{term: gradient by the parameters} of every logged term, in training mode."""
-
-    def terms(params):
-        return step.method.objectives(step._forward(params), step.batch["label"], jnp.asarray(EPOCH))[1]
+def term_gradients(terms: Callable[[dict], dict[str, jax.Array]], params) -> dict:
+    """{term: gradient by the parameters} of all terms(params); one program for all of them."""
 
     @jax.jit
     def gradient(params, seed):
         return jax.vjp(terms, params)[1](seed)[0]
 
-    values = jax.eval_shape(terms, step.params)
+    values = jax.eval_shape(terms, params)
     return {
-        term: gradient(step.params, {name: jnp.full_like(x, name == term) for name, x in values.items()})
+        term: gradient(params, {name: jnp.full_like(x, name == term) for name, x in values.items()})
         for term in values
     }
 
