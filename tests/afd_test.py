@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import draw_variables
-from reference import check_reach, first_state, term_gradients
+from reference import check_reach, cross_entropy, first_state, kl_divergence, softmax, term_gradients
 
 from configs import common
 from ffl_jax.errors import ConfigError
@@ -27,15 +27,21 @@ def make_method(network="tiny", num=2, classes=3, shared_stages=0, vectorize=Fal
 
 
 def objectives(logits, scores=(0.5, 0.5, 0.5), **settings):
-    """Of the real, fake and adversarial scores, which broadcast to [K, B, P]."""
+    """Of the real, fake and adversarial scores, which broadcast to [K, B, P]; in float64 where it is on."""
     num, batch, _ = logits.shape
     names = ("real_scores", "fake_scores", "adversarial_scores")
     outputs = {
-        name: jnp.broadcast_to(jnp.asarray(value, jnp.float32), (num, batch, 1))
+        name: jnp.broadcast_to(jnp.asarray(value), (num, batch, 1))
         for name, value in zip(names, scores, strict=True)
     }
     outputs |= {"logits": jnp.asarray(logits), "similarity": jnp.full((num, batch), 0.25)}
     return make_method(num=num, **settings).objectives(outputs, jnp.asarray(LABELS), jnp.float32(7))
+
+
+def logit_losses_in_numpy(logits):
+    """(cross-entropy, KL at temperature 3 from the network before) of each network, in float64."""
+    ce = cross_entropy(logits, LABELS).mean(-1)
+    return ce, kl_divergence(logits, np.roll(logits, 1, axis=0), 3.0).mean(-1)
 
 
 def test_losses_of_two():
@@ -43,11 +49,17 @@ def test_losses_of_two():
     scores[:2, 0, :, 0] = [[0.8, 0.6], [0.3, 0.1]]
     scores[2, 0, :, 0] = scores[1, 0, :, 0]
     scores[:, 1] = 0.5
-    scalars, terms = objectives(LOGITS[:2], scores)
-    # NumPy, float64; the adversarial ones by hand.
+    with jax.enable_x64(True):
+        scalars, terms = objectives(LOGITS[:2], scores)
+    # The order of the steps.
+    assert list(scalars) == list(AFD.trains) == ["logit", "feature", "discriminator"]
+    scalars, terms = jax.device_get((scalars, terms))
+    ce, kd = logit_losses_in_numpy(LOGITS[:2])
+    np.testing.assert_allclose([ce, kd], [(0.435987, 1.275269), (0.633755, 0.615115)], atol=5e-7)  # rounded
     expected = {
-        "cross_entropy": (0.435987, 1.275269),
-        "distillation": (0.633755, 0.615115),
+        "cross_entropy": ce,
+        "distillation": kd,
+        # By hand.
         "adversarial": (0.65, 0.25),
         "discrimination": (0.15, 0.5),
         "real_score": (0.7, 0.5),
@@ -57,22 +69,22 @@ def test_losses_of_two():
     expected = {
         f"{term}/sub_{k}": value for term, values in expected.items() for k, value in enumerate(values)
     }
-    chex.assert_trees_all_close(terms, expected, atol=1e-6)
-    expected = {"logit": 1.069743 + 1.890384, "feature": 0.9, "discriminator": 0.65}
-    chex.assert_trees_all_close(scalars, expected, atol=2e-6)
-    assert (
-        list(scalars) == list(AFD.trains) == ["logit", "feature", "discriminator"]
-    )  # the order of the steps
+    chex.assert_trees_all_close(terms, expected, rtol=1e-12, atol=0)
+    expected = {"logit": ce.sum() + kd.sum(), "feature": 0.9, "discriminator": 0.65}
+    chex.assert_trees_all_close(scalars, expected, rtol=1e-12, atol=0)
 
 
 def test_three_learn_in_a_cycle():
     def logit_losses(logits):
-        _, terms = objectives(logits)
+        with jax.enable_x64(True):
+            _, terms = jax.device_get(objectives(logits))
         return [terms[f"cross_entropy/sub_{k}"] + terms[f"distillation/sub_{k}"] for k in range(3)]
 
-    expected = [1.408084, 1.890384, 3.677643]  # NumPy, float64
-    np.testing.assert_allclose(logit_losses(LOGITS), expected, atol=2e-6)
-    np.testing.assert_allclose(logit_losses(np.roll(LOGITS, 1, axis=0)), np.roll(expected, 1), atol=2e-6)
+    expected = sum(logit_losses_in_numpy(LOGITS))
+    np.testing.assert_allclose(expected, [1.408084, 1.890384, 3.677643], atol=5e-7)  # rounded
+    np.testing.assert_allclose(logit_losses(LOGITS), expected, rtol=1e-12)
+    rolled = np.roll(LOGITS, 1, axis=0)
+    np.testing.assert_allclose(logit_losses(rolled), np.roll(expected, 1), rtol=1e-12)
 
 
 def test_gradients_of_the_logit_losses():
@@ -83,10 +95,15 @@ def test_gradients_of_the_logit_losses():
     gradients = jax.jit(jax.jacrev(losses))(jnp.float32(LOGITS))
     for learner, of in np.ndindex(3, 3):
         assert np.any(gradients[learner, of]) == (learner == of)
-    # With two networks the first learns from the second. NumPy, float64.
-    expected = [[0.071900, -0.239765, 0.167865], [-0.020224, 0.232920, -0.212696]]
-    gradient = jax.jit(jax.grad(lambda logits: objectives(logits)[0]["logit"]))(jnp.float32(LOGITS[:2]))
-    np.testing.assert_allclose(gradient[0], expected, atol=1e-6)
+    # With two networks the first learns from the second.
+    first, second = LOGITS[:2]
+    expected = softmax(first) - np.eye(3)[LABELS] + 3 * (softmax(first / 3) - softmax(second / 3))
+    expected /= 2
+    rounded = [[0.071900, -0.239765, 0.167865], [-0.020224, 0.232920, -0.212696]]
+    np.testing.assert_allclose(expected, rounded, atol=5e-7)
+    with jax.enable_x64(True):
+        gradient = jax.jit(jax.grad(lambda logits: objectives(logits)[0]["logit"]))(jnp.asarray(LOGITS[:2]))
+    np.testing.assert_allclose(gradient[0], expected, rtol=1e-12, atol=1e-15)
 
 
 def test_temperature():
