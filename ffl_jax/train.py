@@ -272,10 +272,10 @@ class _Run:
         A signal ends it early, and nothing is kept: the continued run begins with it again.
         """
         epoch = step / self.experiment.steps_per_epoch
-        scores = {split: evaluator(state) for split, evaluator in evaluators.items()}
-        if None in scores.values():
+        by_split = {split: evaluator(state) for split, evaluator in evaluators.items()}
+        if None in by_split.values():
             return
-        self.scores = scores
+        self.scores = by_split
         for split, scores in self.scores.items():
             log.write(step, epoch, split, _by_name(scores))
             shown = "  ".join(f"{name} {100 * one['top1']:.2f}%" for name, one in scores.items())

@@ -1,5 +1,6 @@
 """What every data source shares: the containers, the registry, decoding, digests."""
 
+import abc
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -39,7 +40,7 @@ class Split:
         return Split(self.images[chosen], self.labels[chosen])
 
 
-class Records:
+class Records(abc.ABC):
     """Encoded images with their labels, read when they are asked for, from any thread and any process.
 
     Attributes:
@@ -51,16 +52,16 @@ class Records:
     identity: str
     remedy: str
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
+    @abc.abstractmethod
     def read(self, positions: Sequence[int]) -> Iterable[tuple[str, bytes, int]]:
         """(where it comes from, its encoded bytes, its label) of each position, one after another.
 
         Raises:
           DatasetError: naming what is missing or damaged.
         """
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
