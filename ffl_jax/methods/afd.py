@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
+from ffl_jax.convolutions import Conv
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence
 from ffl_jax.methods.base import METHODS, Method
@@ -153,12 +154,12 @@ class Discriminator(nn.Module):
         features = max(1, channels // 2)
         kernel, stride, padding = ((2, 2), 1, 0) if is_patch else ((3, 3), 2, 1)
         initializer = nn.initializers.he_normal()
-        x = nn.Conv(
-            features, kernel, stride, padding, use_bias=is_patch, kernel_init=initializer, name="conv1"
-        )(x)
+        x = Conv(features, kernel, stride, padding, use_bias=is_patch, kernel_init=initializer, name="conv1")(
+            x
+        )
         x = nn.leaky_relu(batch_norm(train, name="norm")(x), self.slope)
         kernel, stride = ((2, 2), 2) if is_patch else (x.shape[1:3], 1)
-        x = nn.Conv(1, kernel, stride, padding=0, name="conv2")(x)
+        x = Conv(1, kernel, stride, padding=0, name="conv2")(x)
         return nn.sigmoid(at_least_float32(x.reshape(len(x), -1)))
 
 

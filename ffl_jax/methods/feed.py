@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
+from ffl_jax.convolutions import Conv
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import at_least_float32, cross_entropy, unit
 from ffl_jax.methods.base import METHODS, OfflineMethod
@@ -189,5 +190,5 @@ def _abs_difference(x, target):
 def _layer(x, features, name):
     """conv3x3 with a bias, both drawn as PyTorch's default is, then leaky ReLU of slope 0.1."""
     init = uniform(9 * x.shape[-1])
-    x = nn.Conv(features, (3, 3), padding=1, kernel_init=init, bias_init=init, name=name)(x)
+    x = Conv(features, (3, 3), padding=1, kernel_init=init, bias_init=init, name=name)(x)
     return nn.leaky_relu(x, 0.1)

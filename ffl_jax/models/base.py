@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 from flax.linen import initializers
 
-from ffl_jax import parallel
+from ffl_jax import convolutions, parallel
 from ffl_jax.registry import Registry
 
 NETWORKS = Registry("network")
@@ -148,7 +148,7 @@ def conv(
     The padding is explicit: "SAME" pads (0, 1) at stride 2 on even inputs and is not what the papers' code
     computes. Weights start from Normal(0, sqrt(2 / (kernel**2 * features))).
     """
-    return nn.Conv(
+    return convolutions.Conv(
         features,
         (kernel, kernel),
         stride,

@@ -1,0 +1,190 @@
+"""Every convolution comes through here and is computed by what its backend does fastest.
+
+Accelerators get XLA's own. Its CPU backend is good at forward passes, but takes two to ten times as long as
+it must for the gradient of a kernel, for that of a strided convolution's input, and for depthwise
+convolutions. What stands in their place there gives the same numbers within rounding.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+# Of the operands of one matrix product in `_kernel_gradient`, in bytes: what stays in a core's cache.
+_CHUNK_BYTES = 3 << 20
+
+
+def conv_general_dilated(
+    x: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    feature_group_count: int = 1,
+    **settings,
+) -> jax.Array:
+    """`lax.conv_general_dilated` of x [B, H, W, D] and a kernel [h, w, D / groups, E], for `nn.Conv` to call.
+
+    Args:
+      x, kernel: see above.
+      window_strides: (rows, columns).
+      padding: (before, after) of rows and of columns; "SAME" and "VALID" go to XLA as they are.
+      feature_group_count: groups of channels that are convolved apart.
+      **settings: the other arguments of `lax.conv_general_dilated`.
+    """
+    strides, groups = tuple(window_strides), feature_group_count
+    dilated = any(settings.get(key) not in (None, (1, 1)) for key in ("lhs_dilation", "rhs_dilation"))
+    usual = x.ndim == 4 and not isinstance(padding, str) and not dilated
+    if jax.default_backend() != "cpu" or not usual or x.dtype not in (jnp.float32, jnp.float64):
+        return lax.conv_general_dilated(
+            x, kernel, strides, padding, feature_group_count=feature_group_count, **settings
+        )
+    padding = tuple(tuple(pair) for pair in padding)
+    if groups == x.shape[-1] == kernel.shape[-1] > 1:
+        return _depthwise(strides, padding, x, kernel)
+    parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
+    return jnp.concatenate([_convolution(strides, padding, *part) for part in parts], axis=-1)
+
+
+Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _convolution(strides, padding, x, kernel):
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_DIMENSIONS)
+
+
+def _forward(strides, padding, x, kernel):
+    return _convolution(strides, padding, x, kernel), (x, kernel)
+
+
+def _backward(strides, padding, saved, gradient):
+    x, kernel = saved
+    return (
+        _input_gradient(gradient, kernel, strides, padding, x.shape),
+        _kernel_gradient(x, gradient, strides, padding, kernel.shape),
+    )
+
+
+_convolution.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _depthwise(strides, padding, x, kernel):
+    """A sum of shifted products, which becomes one loop."""
+    taps = list(np.ndindex(kernel.shape[:2]))
+    size = _output_size(x, kernel, strides, padding)
+    x = _pad(x, padding)
+    return sum(_window(x, tap, strides, size) * kernel[*tap, 0] for tap in taps)
+
+
+def _depthwise_forward(strides, padding, x, kernel):
+    return _depthwise(strides, padding, x, kernel), (x, kernel)
+
+
+def _depthwise_backward(strides, padding, saved, gradient):
+    x, kernel = saved
+    size, padded = gradient.shape[1:3], _pad(x, padding)
+    products = [_window(padded, tap, strides, size) * gradient for tap in np.ndindex(kernel.shape[:2])]
+    kernel_gradient = jnp.stack([product.sum(axis=(0, 1, 2)) for product in products])
+    # Spread by the strides, the gradient is convolved with the kernel turned around.
+    around = [
+        (k - 1 - low, n + low - 1 - s * (out - 1), s - 1)
+        for k, n, (low, _), s, out in zip(kernel.shape, x.shape[1:3], padding, strides, size, strict=False)
+    ]
+    spread = lax.pad(gradient, jnp.zeros((), gradient.dtype), ((0, 0, 0), *around, (0, 0, 0)))
+    x_gradient = _depthwise((1, 1), ((0, 0), (0, 0)), spread, kernel[::-1, ::-1])
+    return x_gradient, kernel_gradient.reshape(kernel.shape)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _input_gradient(gradient, kernel, strides, padding, shape):
+    """[B, U, V, E] and the kernel -> [B, H, W, D], by one convolution for each phase of the strides.
+
+    An input's row, modulo the stride, is its phase. All rows of one phase are seen by the same taps, in
+    consecutive rows of the output. XLA spreads the output with zeros in place of this.
+    """
+    sizes = [-(-size // s) for size, s in zip(shape[1:3], strides, strict=True)]
+
+    def phase(row, column):
+        starts, around = [], []
+        for first, axis in ((row, 0), (column, 1)):
+            later, start = divmod(first + padding[axis][0], strides[axis])
+            taps = len(range(start, kernel.shape[axis], strides[axis]))
+            low = taps - 1 - later
+            starts.append(start)
+            around.append((low, sizes[axis] - gradient.shape[1 + axis] - low + taps - 1))
+        taps = kernel[starts[0] :: strides[0], starts[1] :: strides[1]]
+        if not taps.size:
+            return jnp.zeros((shape[0], *sizes, shape[3]), gradient.dtype)
+        taps = taps[::-1, ::-1].swapaxes(2, 3)
+        return lax.conv_general_dilated(gradient, taps, (1, 1), around, dimension_numbers=_DIMENSIONS)
+
+    rows = [jnp.stack([phase(a, b) for b in range(strides[1])], axis=3) for a in range(strides[0])]
+    height, width = (size * s for size, s in zip(sizes, strides, strict=True))
+    return jnp.stack(rows, axis=2).reshape(shape[0], height, width, -1)[:, : shape[1], : shape[2]]
+
+
+def _kernel_gradient(x, gradient, strides, padding, shape):
+    """[B, H, W, D] and [B, U, V, E] -> [h, w, D, E], by matrix products that stay in the cache.
+
+    The columns that the taps of a row see stand side by side in one factor, the rows of the gradient that an
+    input row feeds in the other, so that their product is the gradient of all taps at once.
+    """
+    height, width, channels, features = shape
+    _, rows, columns, _ = gradient.shape
+    # Padding need not be full: the last rows and columns may be seen by no window.
+    room = [(low, high + size) for (low, high), size in zip(padding, strides, strict=True)]
+
+    def product(x, gradient):
+        x = _pad(x, room)
+        by_row = [None] * height
+        for phase in range(min(strides[0], height)):
+            taps = range(phase, height, strides[0])
+            more = len(taps) - 1
+            seen = [_window(x, (phase, j), strides, (rows + more, columns)) for j in range(width)]
+            spread = jnp.pad(gradient, ((0, 0), (more, more), (0, 0), (0, 0)))
+            fed = [spread[:, more - n : 2 * more - n + rows] for n in range(more + 1)]
+            seen, fed = (
+                jnp.concatenate(parts, axis=-1).reshape(-1, len(parts) * parts[0].shape[-1])
+                for parts in (seen, fed)
+            )
+            products = lax.dot_general(seen, fed, (((0,), (0,)), ((), ())))
+            products = products.reshape(width, channels, len(taps), features)
+            for n, i in enumerate(taps):
+                by_row[i] = products[:, :, n]
+        return jnp.stack(by_row)
+
+    batch = len(x)
+    bytes_each = rows * columns * (width * channels + height * features) * x.dtype.itemsize
+    chunk = max(
+        n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * bytes_each <= _CHUNK_BYTES)
+    )
+    if chunk == batch:
+        return product(x, gradient)
+    chunks = [array.reshape(batch // chunk, chunk, *array.shape[1:]) for array in (x, gradient)]
+    zero = jnp.zeros(shape, gradient.dtype)
+    return lax.scan(lambda total, parts: (total + product(*parts), None), zero, tuple(chunks))[0]
+
+
+def _output_size(x, kernel, strides, padding):
+    return tuple(
+        (size + sum(pair) - k) // s + 1
+        for size, pair, k, s in zip(x.shape[1:3], padding, kernel.shape[:2], strides, strict=True)
+    )
+
+
+def _pad(x, padding):
+    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+
+def _window(x, start, strides, size):
+    """Of a padded map, every `strides`-th row and column from `start` on: [B, *size, D]."""
+    stop = [first + s * (n - 1) + 1 for first, s, n in zip(start, strides, size, strict=True)]
+    return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[3]), (1, *strides, 1))

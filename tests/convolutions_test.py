@@ -1,0 +1,90 @@
+"""Convolutions and their gradients against loops over the taps in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ffl_jax import convolutions
+
+CASES = {
+    "stem": dict(shape=(4, 8, 9, 3), kernel=(3, 3, 3, 5)),
+    "strided": dict(shape=(4, 8, 9, 3), kernel=(3, 3, 3, 5), stride=2),
+    "strided_1x1": dict(shape=(3, 8, 7, 2), kernel=(1, 1, 2, 3), stride=2, pad=0),
+    "unpadded_2x2": dict(shape=(2, 7, 8, 2), kernel=(2, 2, 2, 3), stride=2, pad=0),
+    "wide_stride": dict(shape=(2, 11, 10, 2), kernel=(3, 3, 2, 3), stride=4),
+    "large_kernel": dict(shape=(2, 12, 12, 2), kernel=(7, 7, 2, 3), stride=2, pad=3),
+    "whole_map": dict(shape=(2, 5, 6, 2), kernel=(5, 6, 2, 1), pad=0),
+    "depthwise": dict(shape=(3, 6, 7, 4), kernel=(3, 3, 1, 4), groups=4),
+    "depthwise_strided": dict(shape=(3, 6, 7, 4), kernel=(3, 3, 1, 4), groups=4, stride=2),
+    "grouped": dict(shape=(3, 6, 7, 6), kernel=(3, 3, 2, 9), groups=3),
+}
+
+
+def case(shape, kernel, stride=1, pad=1, groups=1):
+    """((inputs, kernel, output's gradient), (output, inputs' gradient, kernel's) as they must be, call)."""
+    rng = np.random.default_rng(0)
+    x, k = rng.normal(size=shape), rng.normal(size=kernel)
+    height, width = ((n + 2 * pad - m) // stride + 1 for n, m in zip(shape[1:3], kernel, strict=False))
+    gradient = rng.normal(size=(shape[0], height, width, kernel[3]))
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    y, dx, dk = np.zeros_like(gradient), np.zeros_like(padded), np.zeros_like(k)
+    ins, outs = shape[3] // groups, kernel[3] // groups
+    for i, j, group in np.ndindex(*kernel[:2], groups):
+        rows, columns = (
+            slice(n, n + stride * (size - 1) + 1, stride) for n, size in ((i, height), (j, width))
+        )
+        inside = (slice(None), rows, columns, slice(group * ins, (group + 1) * ins))
+        part = slice(group * outs, (group + 1) * outs)
+        tap = k[i, j, :, part]
+        y[..., part] += padded[inside] @ tap
+        dx[inside] += gradient[..., part] @ tap.T
+        dk[i, j, :, part] = np.einsum("bhwd,bhwe->de", padded[inside], gradient[..., part])
+    dx = dx[:, pad : pad + shape[1], pad : pad + shape[2]]
+
+    def call(x, k):
+        return convolutions.conv_general_dilated(
+            x,
+            k,
+            (stride, stride),
+            [(pad, pad)] * 2,
+            feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    return (x, k, gradient), (y, dx, dk), call
+
+
+def run(call, x, k, gradient):
+    y, pullback = jax.vjp(call, x, k)
+    return y, *pullback(gradient)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chunk_bytes", [1, 3 << 20])
+def test_equals_loops_over_the_taps(name, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(convolutions, "_CHUNK_BYTES", chunk_bytes)
+    arguments, expected, call = case(**CASES[name])
+    with jax.enable_x64(True):
+        results = jax.jit(lambda *arguments: run(call, *arguments))(*map(jnp.asarray, arguments))
+    for result, wanted in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["strided", "depthwise"])
+def test_vectorized_equals_one_after_another(name):
+    arguments, _, call = case(**CASES[name])
+    with jax.enable_x64(True):
+        both = [jnp.stack([jnp.asarray(x), 2 - jnp.asarray(x)]) for x in arguments]
+        together = jax.jit(jax.vmap(lambda *arguments: run(call, *arguments)))(*both)
+        for k in range(2):
+            for one, all_ in zip(run(call, *(x[k] for x in both)), together, strict=True):
+                np.testing.assert_allclose(all_[k], one, rtol=0, atol=1e-12)
+
+
+def test_accelerators_get_the_convolutions_of_xla(monkeypatch):
+    """Also the depthwise one, and its gradients."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    arguments, _, call = case(**CASES["depthwise"])
+    text = str(jax.make_jaxpr(lambda *arguments: run(call, *arguments))(*map(jnp.float32, arguments)))
+    assert text.count("conv_general_dilated[") == 3
