@@ -1,0 +1,30 @@
+"""What every command shares."""
+
+import os
+import sys
+
+import pytest
+
+from ffl_jax import cli
+
+
+@pytest.mark.parametrize(
+    "setting, tunables, expected",
+    [
+        ("always [madvise] never", "", "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.check=3", "glibc.malloc.check=3:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", None),  # the user's choice, or begun anew before
+        ("[always] madvise never", "", None),
+        ("always madvise [never]", "", None),
+    ],
+)
+def test_a_command_begins_anew_with_huge_pages(setting, tunables, expected, monkeypatch):
+    """The same command line, once, and only where the kernel gives such pages on request."""
+    monkeypatch.setattr(cli.Path, "read_text", lambda path: setting)
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    begun = []
+    monkeypatch.setattr(os, "execv", lambda *arguments: begun.append(arguments))
+    cli._use_huge_pages()
+    again = (sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    assert begun == ([again] if expected else [])
+    assert os.environ["GLIBC_TUNABLES"] == (expected or tunables)
