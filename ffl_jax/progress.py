@@ -4,10 +4,12 @@ import contextlib
 import sys
 import time
 
+import jax
 import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 _LINE_SECONDS = 15.0
+_DISPATCH_SECONDS = 0.5
 
 
 class Progress:
@@ -37,27 +39,27 @@ class Progress:
         """Over all steps between two lines of the log, evaluation and compilation left out; None at first."""
         return self._steps * self._batch_size / self._seconds if self._seconds else None
 
-    def advance(self):
-        """One more step was begun."""
-        self.step += 1
-        self._bar.update()
+    def advance(self, steps: int):
+        """So many more steps were begun."""
+        self.step += steps
+        self._bar.update(steps)
 
-    def show(self, loss: float, accuracy: float):
-        """All steps so far have finished, with these means since the last time."""
+    def show(self, step: int, loss: float, accuracy: float):
+        """All steps up to this one have finished just now, with these means since the last time."""
         now = time.monotonic()
         if self._clock is not None:
             self._seconds += now - self._clock
-            self._steps += self.step - self._clock_step
-        self._clock, self._clock_step = now, self.step
+            self._steps += step - self._clock_step
+        self._clock, self._clock_step = now, step
         speed = self.images_per_second
         self._bar.set_postfix_str(
             f"loss {loss:.3f}, accuracy {100 * accuracy:.1f}%" + (f", {speed:.0f} images/s" if speed else "")
         )
         if not self._terminal and now - self._line_time > _LINE_SECONDS and speed:
             self._line_time = now
-            left = tqdm.tqdm.format_interval((self._total - self.step) * self._batch_size / speed)
+            left = tqdm.tqdm.format_interval((self._total - step) * self._batch_size / speed)
             print(
-                f"step {self.step}/{self._total}, epoch {self.step / self._steps_per_epoch:.1f}: "
+                f"step {step}/{self._total}, epoch {step / self._steps_per_epoch:.1f}: "
                 f"loss {loss:.3f}, "
                 f"accuracy {100 * accuracy:.1f}%, {speed:.0f} images/s, {left} left",
                 file=sys.stderr,
@@ -71,3 +73,37 @@ class Progress:
     def close(self):
         self._bar.close()
         self._redirection.close()
+
+
+class Pace:
+    """How many steps the devices are given at once, and when: they never wait, and a signal not for long.
+
+    Attributes:
+      steps: that last about as long as `_DISPATCH_SECONDS`.
+    """
+
+    def __init__(self):
+        self.steps = 1
+        self._given = None  # to the devices last: (an array that is there when it is done, steps)
+        self._time: float | None = None
+
+    def wait(self, result, steps: int):
+        """Returns when all that was given to the devices before this is done.
+
+        Args:
+          result: arrays of what was given just now.
+          steps: how many these were.
+        """
+        given, self._given = self._given, (result, steps)
+        if given is None:
+            return
+        jax.block_until_ready(given[0])
+        now = time.monotonic()
+        if self._time is not None:
+            fitting = _DISPATCH_SECONDS * given[1] / max(now - self._time, 1e-9)
+            self.steps = int(min(2 * self.steps, max(1, fitting)))
+        self._time = now
+
+    def restart_clock(self):
+        """Something else took time."""
+        self._given = self._time = None

@@ -16,7 +16,7 @@ from ffl_jax import parallel as parallel_lib
 from ffl_jax.errors import NonFiniteError, ResourceError
 from ffl_jax.evaluation import Evaluator, Sweep
 from ffl_jax.experiment import Experiment, check_same, run_record, versions
-from ffl_jax.progress import Progress
+from ffl_jax.progress import Pace, Progress
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict:
@@ -180,24 +180,30 @@ class _Run:
         views = method.subnetworks.num if method.views else 0
         inputs = data.train_input(dataset.train, config, self.parallel, views)
         stack.callback(inputs.close)
-        train_step, before_epoch = self.training_step(inputs), self.validation_update()
+        run, before_epoch = self.training_program(inputs), self.validation_update()
         evaluators = {
             name: Evaluator(method, split, config, self.parallel)
             for name, split in (("validation", dataset.validation), ("test", dataset.test))
             if split is not None
         }
         batches, saved = None, (step, self.evaluated_step)
+        # At multiples of these a dispatch ends; 0 stands for never.
+        ends = (config.log_every_steps, config.checkpoint.every_steps, per_epoch)
+        pace, line = Pace(), None  # the latest line of the log waits here for the devices
         while True:
             epoch, position = divmod(step, per_epoch)
             last = step == self.total_steps
             due = position == 0 and (epoch % config.evaluation.every_epochs == 0 or last)
             if due and self.evaluated_step < step > 0 and not preemption.requested():
+                line = self.write(line, log, progress)
                 self.evaluate(evaluators, state, step, log, writers)
                 progress.restart_clock()
+                pace.restart_clock()
             due = position == 0 and (epoch % config.checkpoint.every_epochs == 0 or last)
             due |= config.checkpoint.every_steps > 0 and step % config.checkpoint.every_steps == 0
             stopping = preemption.requested()
             if (due or stopping) and saved != (step, self.evaluated_step):
+                line = self.write(line, log, progress)
                 # Replaced where a signal had it saved before the evaluation that was due.
                 self.save(writers["newest"], step, state, log, replace=saved[0] == step)
                 saved = (step, self.evaluated_step)
@@ -209,17 +215,24 @@ class _Run:
                     continue
             if batches is None or position == 0:
                 batches = inputs.batches(epoch, position)
-            state = train_step(state, next(batches))
-            step += 1
-            progress.advance()
+            count = min(pace.steps, *(end - step % end for end in ends if end)) if inputs.reusable else 1
+            stop = self.parallel.replicate(np.int32(step + count))
+            state, record = run(state, next(batches), stop)
+            step += count
+            progress.advance(count)
+            pace.wait(record, count)
+            line = self.write(line, log, progress)
             if step % config.log_every_steps == 0 or step % per_epoch == 0:
-                self.record(state, step, log, progress)
+                line = record, step
 
-    def training_step(self, inputs):
-        """The compiled step: (state, arrays of a batch) -> state."""
+    def training_program(self, inputs):
+        """The compiled steps: (state, arrays of their batches, step to stop at) -> (state, its record).
+
+        How many steps it takes does not change the program, and so not the bits.
+        """
         experiment, every = self.experiment, self.config.log_every_steps
 
-        def step(state, arrays):
+        def one(state, arrays):
             # A line of the log was written, or the run begins.
             fresh = (state.step % experiment.steps_per_epoch == 0) | (state.step % every == 0)
             state = state.replace(record=jax.tree.map(lambda x: jnp.where(fresh, 0, x), state.record))
@@ -231,7 +244,13 @@ class _Run:
                 steps_per_epoch=experiment.steps_per_epoch,
             )
 
-        return self.parallel.map(step, donate_argnums=(0,), sharded_argnums=(1,) if inputs.sharded else ())
+        def run(state, arrays, stop):
+            state = jax.lax.while_loop(
+                lambda state: state.step < stop, lambda state: one(state, arrays), state
+            )
+            return state, state.record
+
+        return self.parallel.map(run, donate_argnums=(0,), sharded_argnums=(1,) if inputs.sharded else ())
 
     def validation_update(self):
         """What is done to the state before every epoch: where the method learns from the validation split."""
@@ -252,16 +271,18 @@ class _Run:
 
         return before_epoch
 
-    def record(self, state, step: int, log, progress):
-        """Writes the line for the steps since the last one; raises if one of them was not finite."""
-        record = jax.device_get(self.parallel.fetch(state.record))
+    def write(self, line, log, progress) -> None:
+        """Writes a line of the log, (record, step), if there is one; raises if a step was not finite."""
+        if line is None:
+            return
+        record, step = jax.device_get(self.parallel.fetch(line[0])), line[1]
         self.check_finite(record, step)
         terms = {name: float(total) / int(record["steps"]) for name, total in record["terms"].items()}
         scores = {name: metrics.classification_scores(sums) for name, sums in record["predictions"].items()}
         log.write(step, step / self.experiment.steps_per_epoch, "train", terms | _by_name(scores))
         headline = scores[self.experiment.method.headline]
         progress.show(
-            loss=sum(terms[name] for name in self.experiment.method.trains), accuracy=headline["top1"]
+            step, loss=sum(terms[name] for name in self.experiment.method.trains), accuracy=headline["top1"]
         )
         if progress.images_per_second:
             log.write_speed(step, progress.images_per_second)

@@ -9,7 +9,7 @@ from ffl_jax import cli
 
 
 @pytest.mark.parametrize(
-    "setting, tunables, expected",
+    ("setting", "tunables", "expected"),
     [
         ("always [madvise] never", "", "glibc.malloc.hugetlb=1"),
         ("always [madvise] never", "glibc.malloc.check=3", "glibc.malloc.check=3:glibc.malloc.hugetlb=1"),

@@ -68,8 +68,9 @@ def train_input(split: Split | StreamedSplit, config, parallel, views: int = 0):
       An object with `steps_per_epoch`; `batches(epoch, position)`, an iterator over the arrays of this and
       the following batches of one epoch, on the devices; `batch(arrays, step)`, to be called inside the
       compiled step, which gives this device's `image` and `label`; `sharded`, whether these arrays are split
-      over the devices rather than replicated; `close()`. What it gives is a pure function of the
-      configuration's seed, the epoch and the position.
+      over the devices rather than replicated; `reusable`, whether they serve all steps of the epoch that
+      follow rather than one; `close()`. What it gives is a pure function of the configuration's seed, the
+      epoch and the position.
     """
     return _inputs(split).TrainInput(split, config, parallel, views)
 

@@ -97,6 +97,7 @@ class TrainInput:
     """Feeds the training step; see `data.train_input`."""
 
     sharded = False
+    reusable = True
 
     def __init__(self, split, config, parallel, views: int):
         self._settings, self._seed, self._views = config.data, config.seed, views

@@ -152,6 +152,7 @@ class TrainInput:
     """
 
     sharded = True
+    reusable = False
 
     def __init__(self, split: base.StreamedSplit, config, parallel, views: int):
         settings = config.data
