@@ -51,12 +51,15 @@ def get_config(
     config.seed = 0
     config.epochs = 300
     config.batch_size = 128  # of all devices together
+    config.accumulate = 1  # parts that the batch is taken in, one after another, to save memory
+    config.precision = "float32"  # or bfloat16, for all but parameters, batch statistics and losses
     config.method = {"name": presets["method"], **methods.hyper_parameters(presets["method"])}
     config.subnetworks = {
         "network": networks[0] if same else presets["network"],
         "num": len(networks) if len(networks) > 1 else max(least, min(2, most or 2)),
         "shared_stages": 0,  # stem and that many stages exist once; 0: K separate networks
-        "vectorize": False,  # True: vmap over the sub-networks, for accelerators
+        "execution": "auto",  # of copies of one network: loop, vmap, or the faster one by measurement
+        "remat": False,  # True: less memory, a third more work
     }
     if same and method.shares_trunk:
         config.subnetworks.shared_stages = NETWORKS.lookup(networks[0])(num_classes=2).num_stages - 1

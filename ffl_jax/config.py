@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from ffl_jax import methods, optimizers, subnetworks
 from ffl_jax.data.augment import PAD_MODES
 from ffl_jax.errors import ConfigError
+from ffl_jax.steps import PRECISIONS
 
 # Changing these does not change what is trained, so that a run may continue with another value.
 FREE_KEYS = ("epochs", "log_every_steps", "evaluation", "checkpoint", "parallel")
@@ -24,6 +25,7 @@ def check(config: ConfigDict):
     at_least = {
         "epochs": 1,
         "batch_size": 1,
+        "accumulate": 1,
         "log_every_steps": 1,
         "evaluation.batch_size": 1,
         "evaluation.every_epochs": 1,
@@ -37,6 +39,10 @@ def check(config: ConfigDict):
             raise ConfigError(f"config.{key} must be at least {bound}, got {values[key]}.")
     if values.get("method.temperature") == 0:
         raise ConfigError(f"config.method.temperature must be > 0, got {values['method.temperature']}.")
+    if config.precision not in PRECISIONS:
+        raise ConfigError(
+            f"config.precision must be one of {', '.join(PRECISIONS)}, got {config.precision!r}."
+        )
     for key in ("mean", "std"):
         if len(config.data[key]) not in (0, 3):
             raise ConfigError(
@@ -123,6 +129,8 @@ def fixed_part(values: dict) -> dict:
     fixed = {key: value for key, value in values.items() if key not in FREE_KEYS}
     if "teachers" in values:
         fixed["teachers"] = {key: value for key, value in values["teachers"].items() if key != "runs"}
+    free = ("execution", "remat")
+    fixed["subnetworks"] = {key: value for key, value in values["subnetworks"].items() if key not in free}
     fixed["data"] = {key: value for key, value in values["data"].items() if key not in FREE_DATA_KEYS}
     if values["optimizer"]["schedule"] == "cosine":
         fixed["epochs"] = values["epochs"]  # the schedule ends there

@@ -19,7 +19,7 @@ class Sweep:
 
     def __init__(self, step: Callable, method, split, config, parallel: parallel_lib.Parallel):
         """Args: step: `steps.eval_step` or another of its form. split: a `data.Split`. config: all of it."""
-        step = functools.partial(step, method=method)
+        step = functools.partial(step, method=method, precision=config.precision)
         self._input = inputs = data.eval_input(split, config, parallel)
 
         def add(sums, variables, arrays):

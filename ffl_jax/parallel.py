@@ -81,14 +81,21 @@ class Parallel:
         self._mesh = mesh
         self._sharding = NamedSharding(mesh, PartitionSpec(_AXIS) if mode == "pmap" else PartitionSpec())
 
-    def check_batch_size(self, batch_size: int):
-        """Raises ConfigError, naming the nearest good sizes, unless the devices divide the global batch."""
-        remainder = batch_size % self.num_devices
+    def check_batch_size(self, batch_size: int, accumulate: int = 1):
+        """Raises ConfigError, naming the nearest good sizes, unless the global batch divides.
+
+        Args:
+          batch_size: of all devices together.
+          accumulate: parts that each device takes its share in.
+        """
+        unit = self.num_devices * accumulate
+        remainder = batch_size % unit
         if batch_size < 1 or remainder:
-            below, above = batch_size - remainder, batch_size - remainder + self.num_devices
-            sizes = f"{below} or {above}" if below > 0 else f"{max(above, self.num_devices)}"
+            below, above = batch_size - remainder, batch_size - remainder + unit
+            sizes = f"{below} or {above}" if below > 0 else f"{max(above, unit)}"
+            parts = f" in {accumulate} parts each" if accumulate > 1 else ""
             raise ConfigError(
-                f"batch_size={batch_size} does not divide over {self.num_devices} device(s): "
+                f"batch_size={batch_size} does not divide over {self.num_devices} device(s){parts}: "
                 f"set config.batch_size to {sizes}."
             )
 

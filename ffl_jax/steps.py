@@ -1,5 +1,6 @@
 """One training step and one evaluation step: pure, and blind to the method."""
 
+import functools
 from typing import Any
 
 import flax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from ffl_jax import metrics, parallel
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 @flax.struct.dataclass
@@ -46,6 +49,45 @@ def create_state(method, optimizers, rng, image_shape) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state, run_rng, record)
 
 
+def apply(method, variables, images, precision: str = "float32", **options):
+    """`method.apply`, computed in one of `PRECISIONS` from float32 variables.
+
+    In bfloat16 networks and modules see parameters and images of that type. Batch statistics are taken and
+    kept in float32, averages of parameters (trees called "params" in the model state) are kept so, and losses
+    see float32 outputs. No loss is scaled: bfloat16 has the range of float32.
+
+    Args:
+      method: a `Method`.
+      variables: {"params": …, kind of model state: …}.
+      images: [B, H, W, 3], or one view for each sub-network [K, B, H, W, 3].
+      precision: see above.
+      **options: of `method.apply`: `train`, `mutable`, `rngs`.
+
+    Returns:
+      What `method.apply` does: the outputs, and, if `mutable` is given, the new model state beside them.
+    """
+    if precision == "float32":
+        return method.apply(variables, images, **options)
+
+    def cast(x, dtype=precision):
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    def is_parameter(path):
+        return jax.tree_util.DictKey("params") in path
+
+    seen = jax.tree_util.tree_map_with_path(lambda path, x: cast(x) if is_parameter(path) else x, variables)
+    result = method.apply(seen, cast(images), **options)
+    if "mutable" not in options:
+        return jax.tree.map(functools.partial(cast, dtype="float32"), result)
+    outputs, new = result
+    new = jax.tree_util.tree_map_with_path(
+        lambda path, new, old: old if is_parameter(path) else new,
+        new,
+        {kind: variables[kind] for kind in new},
+    )
+    return jax.tree.map(functools.partial(cast, dtype="float32"), outputs), new
+
+
 def zero_record(method, params, model_state, image_shape):
     """Sums of no steps: those of every loss term and every prediction's scores, and how many were finite."""
 
@@ -71,6 +113,16 @@ def step_record(method, terms, outputs, labels):
     }
 
 
+def join_records(records):
+    """One step's record from those of its parts, stacked along a leading axis."""
+    return {
+        "steps": jnp.int32(1),
+        "finite_steps": records["finite_steps"].min(axis=0),
+        "terms": jax.tree.map(lambda x: x.mean(axis=0), records["terms"]),
+        "predictions": jax.tree.map(lambda x: x.sum(axis=0), records["predictions"]),
+    }
+
+
 def prediction_sums(method, outputs, labels, weights=None):
     """{prediction: sums for its scores} over this batch on all devices."""
     return parallel.sum(
@@ -81,7 +133,16 @@ def prediction_sums(method, outputs, labels, weights=None):
     )
 
 
-def train_step(state: TrainState, batch: dict[str, jax.Array], *, method, optimizers, steps_per_epoch):
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    method,
+    optimizers,
+    steps_per_epoch,
+    precision: str = "float32",
+    accumulate: int = 1,
+):
     """One forward pass, one gradient for each objective, all taken at the same parameters.
 
     Args:
@@ -91,30 +152,48 @@ def train_step(state: TrainState, batch: dict[str, jax.Array], *, method, optimi
       method: a `Method`.
       optimizers: {objective: optax transformation}.
       steps_per_epoch: turns steps into the epochs that a method's ramps count in.
+      precision: one of `PRECISIONS`.
+      accumulate: how many equal parts, one after another, the batch is taken in; the gradient is their mean.
+        Batch statistics, and what a loss takes over the batch, are those of a part.
 
     Returns:
       The state after the step.
     """
 
-    def forward(params):
-        rngs = {"dropout": jax.random.fold_in(state.rng, state.step)}
-        outputs, model_state = method.apply(
-            {"params": params, **state.model_state},
-            batch["image"],
-            train=True,
-            mutable=list(state.model_state),
-            rngs=rngs,
-        )
-        scalars, terms = method.objectives(outputs, batch["label"], state.step / steps_per_epoch)
-        return scalars, (model_state, step_record(method, scalars | terms, outputs, batch["label"]))
+    def gradients(model_state, part, index):
+        """({objective: gradient}, new model state, record) of one part of the batch."""
 
-    scalars, pullback, (model_state, record) = jax.vjp(forward, state.params, has_aux=True)
+        def forward(params):
+            rng = jax.random.fold_in(state.rng, state.step)
+            outputs, new_state = apply(
+                method,
+                {"params": params, **model_state},
+                part["image"],
+                precision,
+                train=True,
+                mutable=list(model_state),
+                rngs={"dropout": jax.random.fold_in(rng, index) if accumulate > 1 else rng},
+            )
+            scalars, terms = method.objectives(outputs, part["label"], state.step / steps_per_epoch)
+            return scalars, (new_state, step_record(method, scalars | terms, outputs, part["label"]))
+
+        scalars, pullback, (new_state, record) = jax.vjp(forward, state.params, has_aux=True)
+        seeds = {
+            objective: {name: jnp.full_like(value, name == objective) for name, value in scalars.items()}
+            for objective in scalars
+        }
+        return {objective: pullback(seed)[0] for objective, seed in seeds.items()}, new_state, record
+
+    if accumulate == 1:
+        by_objective, model_state, record = gradients(state.model_state, batch, 0)
+    else:
+        by_objective, model_state, record = _accumulated(
+            gradients, state.model_state, batch, accumulate, list(optimizers), state.params
+        )
     params, opt_state = state.params, {}
-    for objective in scalars:
-        seed = {name: jnp.full_like(value, name == objective) for name, value in scalars.items()}
-        (gradients,) = parallel.mean(pullback(seed))
+    for objective, gradient in by_objective.items():
         updates, opt_state[objective] = optimizers[objective].update(
-            gradients, state.opt_state[objective], state.params
+            parallel.mean(gradient), state.opt_state[objective], state.params
         )
         params = optax.apply_updates(params, updates)
     # Batch norm has already joined its statistics over the devices; this keeps any other state equal, and
@@ -129,13 +208,36 @@ def train_step(state: TrainState, batch: dict[str, jax.Array], *, method, optimi
     )
 
 
-def eval_step(variables, batch: dict[str, jax.Array], *, method) -> dict[str, dict[str, jax.Array]]:
+def _accumulated(gradients, model_state, batch, parts, objectives, params):
+    """What `gradients` gives for a whole batch, in memory for a part of it."""
+
+    def split(x, axis=0):
+        x = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    batch = {"image": split(batch["image"], batch["image"].ndim - 4), "label": split(batch["label"])}
+
+    def one(carry, part):
+        total, model_state, index = carry
+        new, model_state, record = gradients(model_state, part, index)
+        return (jax.tree.map(jnp.add, total, new), model_state, index + 1), record
+
+    zero = {objective: jax.tree.map(jnp.zeros_like, params) for objective in objectives}
+    (total, model_state, _), records = jax.lax.scan(one, (zero, model_state, 0), batch)
+    return jax.tree.map(lambda x: x / parts, total), model_state, join_records(records)
+
+
+def eval_step(
+    variables, batch: dict[str, jax.Array], *, method, precision: str = "float32"
+) -> dict[str, dict[str, jax.Array]]:
     """{prediction: sums for its scores} over a batch with `image`, `label` and `weight` (0 for padding)."""
-    outputs = method.apply(variables, batch["image"], train=False)
+    outputs = apply(method, variables, batch["image"], precision, train=False)
     return prediction_sums(method, outputs, batch["label"], batch["weight"])
 
 
-def validation_step(variables, batch: dict[str, jax.Array], *, method) -> dict[str, jax.Array]:
+def validation_step(
+    variables, batch: dict[str, jax.Array], *, method, precision: str = "float32"
+) -> dict[str, jax.Array]:
     """The method's own sums over a batch like that of `eval_step`."""
-    outputs = method.apply(variables, batch["image"], train=False)
+    outputs = apply(method, variables, batch["image"], precision, train=False)
     return parallel.sum(method.validation_sums(outputs, batch["label"], batch["weight"]))

@@ -17,12 +17,14 @@ class Stacked(nn.Module):
       shared_stages: how many stages, the stem included, exist once; 0 gives K separate networks.
       vectorize: run the branches by `vmap` instead of one after another; variables and results are the same.
         A vmapped convolution is a grouped one: fit for accelerators, many times slower on a CPU.
+      remat: keep nothing of trunk and branches between forward and backward pass, but compute it anew.
     """
 
     network: Network
     num: int = 2
     shared_stages: int = 0
     vectorize: bool = False
+    remat: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,7 +52,7 @@ class Stacked(nn.Module):
         trunk_map = None
         if self.shared_stages:
             trunk = self.network.clone(stop=self.shared_stages, parent=self, name="trunk")
-            x = trunk(x.reshape(-1, *x.shape[-3:]), train)
+            x = _run(trunk, x.reshape(-1, *x.shape[-3:]), train, self.remat)
             if views:
                 x = x.reshape(self.num, -1, *x.shape[-3:])
             trunk_map = x
@@ -70,6 +72,8 @@ class Stacked(nn.Module):
             outputs, updates = branch.apply(variables, x, train, mutable=["batch_stats"])
             return outputs, updates["batch_stats"]
 
+        if self.remat:
+            run = jax.checkpoint(run)
         if self.vectorize:
             axes = (0, 0, 0 if views else None)
             outputs, new_statistics = jax.vmap(run, in_axes=axes)(params, statistics.value, x)
@@ -99,9 +103,15 @@ class Stacked(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Different networks side by side, each with variables of its own."""
+    """Different networks side by side, each with variables of its own.
+
+    Attributes:
+      networks: in order.
+      remat: keep nothing of them between forward and backward pass, but compute it anew.
+    """
 
     networks: tuple[Network, ...]
+    remat: bool = False
 
     @property
     def num(self) -> int:
@@ -110,7 +120,9 @@ class Mixed(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> tuple[NetworkOutputs, ...]:
         """[B, H, W, 3], or a view for each [K, B, H, W, 3] -> the outputs of the K sub-networks, in order."""
         views = images if images.ndim == 5 else [images] * self.num
-        return tuple(network(view, train) for network, view in zip(self.networks, views, strict=True))
+        return tuple(
+            _run(network, view, train, self.remat) for network, view in zip(self.networks, views, strict=True)
+        )
 
     def member(self, k: int) -> Network:
         """Sub-network k as a plain network."""
@@ -119,6 +131,12 @@ class Mixed(nn.Module):
     def extract(self, variables: dict, k: int) -> dict:
         """The variables of `member(k)`, taken from those of this module."""
         return {kind: tree[f"networks_{k}"] for kind, tree in variables.items()}
+
+
+def _run(network, x, train, remat):
+    if not remat:
+        return network(x, train)
+    return nn.remat(lambda network, x: network(x, train))(network, x)
 
 
 def _pick(tree, k):
@@ -138,15 +156,20 @@ def network_names(network: str, num: int, section: str = "subnetworks") -> list[
 
 
 def build(
-    network: str, num: int, num_classes: int, shared_stages: int = 0, vectorize: bool = False
+    network: str,
+    num: int,
+    num_classes: int,
+    shared_stages: int = 0,
+    vectorize: bool = False,
+    remat: bool = False,
 ) -> Stacked | Mixed:
     """`Stacked` where all names in `network` ("resnet32", "resnet20+resnet32") are the same, else `Mixed`."""
     names = network_names(network, num)
     if len(set(names)) == 1:
-        return Stacked(NETWORKS.lookup(names[0])(num_classes), num, shared_stages, vectorize)
+        return Stacked(NETWORKS.lookup(names[0])(num_classes), num, shared_stages, vectorize, remat)
     if shared_stages:
         raise ConfigError(
             f"different networks ({network}) cannot share a trunk: set config.subnetworks.shared_stages=0, "
             f"got {shared_stages}."
         )
-    return Mixed(tuple(NETWORKS.lookup(name)(num_classes) for name in names))
+    return Mixed(tuple(NETWORKS.lookup(name)(num_classes) for name in names), remat)

@@ -28,7 +28,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
     """
     config_lib.check(config)
     parallel = parallel_lib.Parallel(**config.parallel)
-    parallel.check_batch_size(config.batch_size)
+    parallel.check_batch_size(config.batch_size, config.accumulate)
     workdir = Path(workdir).absolute()
     with checkpoint.lock(workdir):
         return _Run(config, workdir, parallel).train()
@@ -242,6 +242,8 @@ class _Run:
                 method=experiment.method,
                 optimizers=experiment.optimizers,
                 steps_per_epoch=experiment.steps_per_epoch,
+                precision=experiment.config.precision,
+                accumulate=experiment.config.accumulate,
             )
 
         def run(state, arrays, stop):

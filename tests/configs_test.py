@@ -92,7 +92,7 @@ def test_cifar_follows_the_published_recipe(module):
     assert config.epochs == 300
     assert config.batch_size == 128
     assert config.subnetworks == ml_collections.ConfigDict(
-        {"network": "resnet32", "num": 2, "shared_stages": 2, "vectorize": False}
+        {"network": "resnet32", "num": 2, "shared_stages": 2, "execution": "auto", "remat": False}
     )
     assert config.method.to_dict() == {
         "name": "ffl",
@@ -315,6 +315,8 @@ FREE = {
     "data.manual_dir": "elsewhere",
     "data.cache_dir": "elsewhere",
     "data.workers": 3,
+    "subnetworks.execution": "loop",
+    "subnetworks.remat": True,
 }
 
 

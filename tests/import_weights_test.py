@@ -559,7 +559,7 @@ def test_a_leader_becomes_a_run_that_can_be_scored(command, tmp_path, capsys):
     assert config["optimizer_rules"] == []
     assert "teachers" not in config
     assert config["seed"] == 3
-    networks = {"network": "resnet8", "num": 1, "shared_stages": 0, "vectorize": False}
+    networks = {"network": "resnet8", "num": 1, "shared_stages": 0, "execution": "auto", "remat": False}
     assert config["subnetworks"] == networks
 
     with pytest.raises(CheckpointError, match="holds checkpoints already: choose another --workdir"):
@@ -576,7 +576,8 @@ def test_ffl_becomes_a_checkpoint(command, tmp_path):
     run = checkpoint.load_run(workdir / "checkpoints", 0)
     config = run["config"]
     assert config == outputs.read_json(workdir / "config.json")
-    assert config["subnetworks"] == {"network": "resnet8", "num": 3, "shared_stages": 2, "vectorize": False}
+    networks = {"network": "resnet8", "num": 3, "shared_stages": 2, "execution": "auto", "remat": False}
+    assert config["subnetworks"] == networks
     assert (config["method"]["name"], config["method"]["temperature"]) == ("ffl", 4)
     config = config_lib.from_json(config)
     abstract = Experiment(config, data.load(config.data)).abstract_state()

@@ -14,27 +14,27 @@ from ffl_jax import methods, metrics, optimizers, steps
 from ffl_jax.errors import ConfigError
 
 SHAPE, CLASSES, BATCH = (8, 8, 3), 10, 8
-# kind -> (networks in turn, stages on a shared trunk, by vmap, sub-networks beyond the fewest)
+# kind -> (networks in turn, stages on a shared trunk, execution, sub-networks beyond the fewest)
 KINDS = {
-    "shared": (("tiny",), 2, False, 0),
-    "shared and one more, vmapped": (("tiny",), 1, True, 1),
-    "separate": (("tiny",), 0, False, 0),
-    "separate and one more, vmapped": (("tiny",), 0, True, 1),
-    "mixed": (("tiny", "tiny_wide"), 0, False, 0),
-    "mixed and one more": (("tiny", "tiny_wide"), 0, False, 1),
+    "shared": (("tiny",), 2, "loop", 0),
+    "shared and one more, vmapped": (("tiny",), 1, "vmap", 1),
+    "separate": (("tiny",), 0, "loop", 0),
+    "separate and one more, vmapped": (("tiny",), 0, "vmap", 1),
+    "mixed": (("tiny", "tiny_wide"), 0, "loop", 0),
+    "mixed and one more": (("tiny", "tiny_wide"), 0, "loop", 1),
 }
 
 
 def configuration(name, kind):
     """The configuration of a method on one kind of sub-networks: two and three, where it can do with two."""
-    networks, shared_stages, vectorize, more = KINDS[kind]
+    networks, shared_stages, execution, more = KINDS[kind]
     config = common.get_config(f"method={name},network=tiny")
     num = max(2, methods.METHODS[name].num[0]) + more
     if methods.METHODS[name].num[1] == 1 and len(networks) == 1:
         num = 1
     names = "tiny" if len(networks) == 1 else "+".join((networks * num)[:num])
     config.subnetworks = ml_collections.ConfigDict(
-        {"network": names, "num": num, "shared_stages": shared_stages, "vectorize": vectorize}
+        {"network": names, "num": num, "shared_stages": shared_stages, "execution": execution}
     )
     if "teachers" in config:
         config.teachers.update({"network": "tiny+tiny_wide", "num": 2})

@@ -29,7 +29,7 @@ def every_method():
     for name, kind in dict(reversed(RUN)).items():  # of each method the first kind that it runs on
         config = configuration(name, kind)
         if "vmapped" in kind:  # as on a CPU: quicker to compile
-            config.subnetworks.vectorize = False
+            config.subnetworks.execution = "loop"
         method = methods.build(config, 10)
         made, start = initial(method, config)
         views = (method.subnetworks.num,) if method.views else ()

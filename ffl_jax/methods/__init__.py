@@ -23,6 +23,7 @@ from ffl_jax.registry import nearest
 
 __all__ = ["METHODS", "Method", "build", "hyper_parameters", "takes_teachers"]
 
+EXECUTIONS = ("auto", "loop", "vmap")  # auto is resolved where the devices are known, see `execution`
 _SET_BY_BUILD = ("subnetworks", "num_classes", "teachers", "parent", "name")
 
 
@@ -54,7 +55,13 @@ def build(config, num_classes: int) -> Method:
         settings["teachers"] = subnetworks.Mixed(
             tuple(NETWORKS.lookup(teacher)(num_classes) for teacher in teachers)
         )
-    networks = subnetworks.build(num_classes=num_classes, **config.subnetworks)
+    networks = dict(config.subnetworks)
+    execution = networks.pop("execution")
+    if execution not in EXECUTIONS:
+        raise ConfigError(
+            f"config.subnetworks.execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}."
+        )
+    networks = subnetworks.build(num_classes=num_classes, vectorize=execution == "vmap", **networks)
     method = METHODS[name](networks, num_classes, **settings)
     method.check()
     return method

@@ -305,4 +305,4 @@ def shift(feature_map: jax.Array, shift_ref: str = "code") -> tuple[jax.Array, j
     target = jnp.where(scaled < threshold, scaled, reference - scaled)
     target = jnp.where(scaled == threshold, reference / 2, target)
     change = (target - scaled) * norm / feature_map.shape[-1]
-    return target, feature_map + change[..., None]
+    return target, feature_map + change[..., None].astype(feature_map.dtype)
