@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ffl_jax import checkpoint, cost, data, metrics, outputs, preemption, steps, teachers
+from ffl_jax import checkpoint, cost, data, execution, metrics, outputs, preemption, steps, teachers
 from ffl_jax import config as config_lib
 from ffl_jax import parallel as parallel_lib
 from ffl_jax.errors import NonFiniteError, ResourceError
@@ -49,6 +49,7 @@ class _Run:
         self.directory = workdir / "checkpoints"
         self.experiment = Experiment(config, data.load(config.data))
         self.config = self.experiment.config
+        execution.settle(self.experiment, parallel)
         self.total_steps = self.config.epochs * self.experiment.steps_per_epoch
         self.best = None
         self.evaluated_step = -1

@@ -1,0 +1,132 @@
+"""How copies of one network run: one after another, or by `vmap`, whichever this machine does faster."""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ffl_jax import config as config_lib
+from ffl_jax import outputs, parallel, steps
+from ffl_jax.data import cache
+
+_MODES = {"loop": False, "vmap": True}
+
+
+def settle(experiment, devices: parallel.Parallel):
+    """Makes the method of an experiment run its sub-networks as `config.subnetworks.execution` says.
+
+    For "auto" a CPU takes the loop: a vmapped convolution is a grouped one, which was slower there wherever
+    it was measured. Elsewhere one training step is timed in both ways, once for each machine and
+    configuration; the file `execution.json` in the cache folder remembers it.
+    """
+    config, networks = experiment.config, experiment.method.subnetworks
+    if config.subnetworks.execution != "auto" or not hasattr(networks, "vectorize") or networks.num == 1:
+        return
+    if devices.devices[0].platform == "cpu":
+        return
+    seconds = _remembered(_key(experiment, devices), lambda: measure(experiment, devices))
+    best = min(seconds, key=seconds.get)
+    other = "vmap" if best == "loop" else "loop"
+    logging.info(
+        "Sub-networks run by %s: %.2f ms a step, by %s %.2f ms.",
+        *(best, 1e3 * seconds[best], other, 1e3 * seconds[other]),
+    )
+    experiment.method = vectorized(experiment.method, _MODES[best])
+
+
+def vectorized(method, vectorize: bool):
+    """The method with its copies of one network run by `vmap`, or one after another; all else stays."""
+    return method.clone(subnetworks=method.subnetworks.clone(vectorize=vectorize))
+
+
+def measure(experiment, devices: parallel.Parallel) -> dict[str, float]:
+    """{"loop", "vmap": seconds of one training step, without input}."""
+    seconds = {}
+    for mode, vectorize in _MODES.items():
+        step, state = training_step(experiment, vectorized(experiment.method, vectorize), devices)
+        seconds[mode] = step_seconds(step, state)
+    return seconds
+
+
+def training_step(experiment, method, devices: parallel.Parallel) -> tuple[Callable, steps.TrainState]:
+    """(compiled training step on a batch of noise: state -> state, a state to begin with)."""
+    config, views = experiment.config, method.subnetworks.num if method.views else 0
+    rng = np.random.default_rng(0)
+    shape = (*([views] if views else []), config.batch_size // devices.num_devices, *experiment.image_shape)
+    batch = devices.replicate(
+        {
+            "image": rng.normal(size=shape).astype(np.float32),
+            "label": np.zeros(shape[-4], np.int32),
+        }
+    )
+    step = devices.map(
+        functools.partial(
+            steps.train_step,
+            method=method,
+            optimizers=experiment.optimizers,
+            steps_per_epoch=experiment.steps_per_epoch,
+            precision=config.precision,
+            accumulate=config.accumulate,
+        ),
+        donate_argnums=(0,),
+    )
+
+    def numbers(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return jnp.full(leaf.shape, 0.01, leaf.dtype)
+
+    state = devices.replicate(jax.tree.map(numbers, experiment.abstract_state()))
+    return functools.partial(_call, step, batch), state
+
+
+def _call(step, batch, state):
+    return step(state, batch)
+
+
+def step_seconds(step: Callable, state, blocks: int = 5, block_seconds: float = 0.3) -> float:
+    """Seconds of `state = step(state)`: the median over blocks of many calls each, after two that compile."""
+    for _ in range(2):
+        start = time.perf_counter()
+        state = jax.block_until_ready(step(state))
+    calls = max(1, round(block_seconds / (time.perf_counter() - start)))
+    times = []
+    for _ in range(blocks):
+        start = time.perf_counter()
+        for _ in range(calls):
+            state = step(state)
+        jax.block_until_ready(state)
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times)
+
+
+def _key(experiment, devices) -> str:
+    """Names all that the speed depends on."""
+    config = config_lib.to_json(experiment.config)
+    parts = {key: config[key] for key in ("method", "subnetworks", "batch_size", "precision", "accumulate")}
+    parts |= {"image": list(experiment.image_shape), "classes": experiment.method.num_classes}
+    parts |= {"devices": [devices.devices[0].device_kind, devices.num_devices], "jax": jax.__version__}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _remembered(key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+    path = cache.directory("") / "execution.json"
+    known = outputs.read_json(path)
+    try:
+        return {mode: float(known[key][mode]) for mode in _MODES}
+    except (KeyError, TypeError, ValueError):  # not there, or not ours
+        found = make()
+    try:
+        os.makedirs(path.parent, exist_ok=True)
+        outputs.write_json(path, {**outputs.read_json(path), key: found})
+    except OSError as error:  # it is measured again the next time
+        logging.warning("cannot write %s: %s", path, error.strerror)
+    return found
