@@ -1,10 +1,13 @@
-"""What deploying a prediction costs: its parameters, and the floating-point operations for one image."""
+"""What deploying a prediction costs, in parameters and operations, and what training takes, in memory."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
+
+from ffl_jax import steps
+from ffl_jax.data import Split
 
 
 def prediction_costs(method, params, model_state, image_shape) -> dict[str, dict[str, int]]:
@@ -73,3 +76,48 @@ def _used_numbers(jaxpr, variable):
         return math.prod(variable.aval.shape)
     copies = {equation.params["start_indices"]: equation.outvars[0].aval.shape for equation in uses}
     return sum(math.prod(shape) for shape in copies.values())
+
+
+def training_memory(experiment, num_devices: int) -> dict[str, int]:
+    """Bytes that training takes of each device, without compiling anything.
+
+    Returns:
+      `state`: parameters, optimisers' and model state, and one gradient. `data`: the splits that are held in
+      memory. `maps`: what the forward pass keeps for the backward pass; XLA fuses some of it away and needs
+      room of its own for some operations, so that it is right within a factor of two.
+    """
+    config, method = experiment.config, experiment.method
+    state, dataset = experiment.abstract_state(), experiment.dataset
+    batch_size = config.batch_size // num_devices // config.accumulate
+    views = (method.subnetworks.num,) if method.views else ()
+    images = jax.ShapeDtypeStruct((*views, batch_size, *experiment.image_shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+
+    def kept(method):
+        def pullback(params, model_state, images, labels):
+            def forward(params):
+                variables = {"params": params, **model_state}
+                outputs, _ = steps.apply(
+                    method, variables, images, config.precision, train=True, mutable=list(model_state)
+                )
+                return method.objectives(outputs, labels, jnp.float32(0))[0]
+
+            return jax.vjp(forward, params)[1]
+
+        residuals = jax.eval_shape(pullback, state.params, state.model_state, images, labels)
+        # Kernels are among them, which are in the state already.
+        return max(0, _bytes(residuals) - _bytes(state.params))
+
+    maps, networks = kept(method), method.subnetworks
+    if networks.remat:  # while one network is computed anew, its maps are there after all
+        maps += kept(method.clone(subnetworks=networks.clone(remat=False))) // networks.num
+    splits = (dataset.train, dataset.validation, dataset.test)
+    return {
+        "state": _bytes((state, state.params)),
+        "data": sum(_bytes((one.images, one.labels)) for one in splits if isinstance(one, Split)),
+        "maps": maps,
+    }
+
+
+def _bytes(tree):
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

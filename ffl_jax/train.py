@@ -98,6 +98,19 @@ class _Run:
                 f"and the next one need {needed / 1e6:.1f} MB: free space, or choose another --workdir."
             )
 
+    def tell_memory(self):
+        """Logs what training will take of each device, and a warning where it is more than there is."""
+        needed = cost.training_memory(self.experiment, self.parallel.num_devices)
+        parts = (f"{part} {size / 1e6:.0f} MB" for part, size in needed.items())
+        logging.info("Memory for training on each device, estimated: %s.", ", ".join(parts))
+        limit = (self.parallel.devices[0].memory_stats() or {}).get("bytes_limit")
+        if limit and sum(needed.values()) > limit:
+            logging.warning(
+                "That is more than the device's %.0f MB: set config.accumulate=2 or more, "
+                "config.subnetworks.remat=True, config.precision=bfloat16, or a smaller config.batch_size.",
+                limit / 1e6,
+            )
+
     def check_finite(self, record, step: int):
         """Raises NonFiniteError, naming the first bad step and its terms, unless all steps were fine."""
         count, finite = int(record["steps"]), int(record["finite_steps"])
@@ -150,6 +163,7 @@ class _Run:
                 return summary
             return self.write_summary("completed", step, None)  # it was killed just before
         self.check_space()
+        self.tell_memory()
         outputs.write_json(self.workdir / "config.json", config_lib.to_json(self.config))
         log = outputs.MetricsLog(self.workdir, metrics_bytes, step)
         progress = Progress(self.total_steps, step, self.config.batch_size, self.experiment.steps_per_epoch)

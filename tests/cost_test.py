@@ -5,8 +5,11 @@ import functools
 import jax
 import pytest
 
-from ffl_jax import cost, steps
+from configs import digits
+from ffl_jax import cost, data, execution, steps
+from ffl_jax.experiment import Experiment
 from ffl_jax.methods import METHODS
+from ffl_jax.parallel import Parallel
 from ffl_jax.subnetworks import build
 
 
@@ -78,3 +81,42 @@ def test_operations():
     for name, operations in expected.items():
         assert actual[name]["flops"] == pytest.approx(operations, rel=0.03), name
         assert actual[name]["flops"] > operations
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return data.load(digits.get_config().data)
+
+
+MEMORY = {
+    "ffl": ("network=tiny", {}),
+    "accumulate": ("network=tiny", {"accumulate": 4}),
+    "remat": ("network=tiny", {"subnetworks.remat": True}),
+    "bfloat16": ("network=tiny", {"precision": "bfloat16"}),
+    "views": ("network=tiny,method=kdcl", {}),
+    "mixed": ("network=tiny+tiny_wide,method=afd", {}),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_for_training_is_near_what_xla_takes(name, dataset):
+    """The compiled step's arguments, without its batch, and what it needs beside them."""
+    arg, settings = MEMORY[name]
+    config = digits.get_config(arg)
+    config.update_from_flattened_dict(settings)
+    experiment, devices = Experiment(config, dataset), Parallel(num_devices=1)
+    step, state = execution.training_step(experiment, experiment.method, devices)
+    program, batch = step.args
+    analysis = program.lower(state, batch).compile().memory_analysis()
+    needed = cost.training_memory(experiment, 1)
+    gradient = needed["state"] - analysis.alias_size_in_bytes
+    assert 0 < gradient < needed["state"] / 2
+    assert 0.5 < (needed["maps"] + gradient) / analysis.temp_size_in_bytes < 2
+    assert needed["data"] == (1437 + 360) * (8 * 8 * 3 + 4)
+
+
+def test_each_device_takes_its_part(dataset):
+    experiment = Experiment(digits.get_config("network=tiny"), dataset)
+    one, four = (cost.training_memory(experiment, devices) for devices in (1, 4))
+    assert one["state"] == four["state"]
+    assert 3.9 < one["maps"] / four["maps"] < 4.1
