@@ -3,6 +3,7 @@
 Light on imports, so that a mistyped flag and a signal are answered at once.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -15,6 +16,7 @@ from absl import flags
 
 from ffl_jax import preemption
 from ffl_jax.errors import ConfigError, FFLError, ResourceError
+from ffl_jax.paths import programs_directory
 from ffl_jax.registry import nearest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +37,7 @@ def new_flags() -> flags.FlagValues:
 def run(command: Callable[[list[str]], None]):
     """Runs `command(arguments)` and ends the process with the contract's exit code."""
     _use_huge_pages()
+    _keep_programs()
     preemption.install()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for talkative in ("absl", "jax", "matplotlib", "tensorboardX"):  # Orbax and TFDS speak as absl
@@ -72,6 +75,12 @@ def _use_huge_pages():
     if on_request and not any(item.startswith("glibc.malloc.hugetlb=") for item in tunables):
         os.environ["GLIBC_TUNABLES"] = ":".join([*tunables, "glibc.malloc.hugetlb=1"])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _keep_programs():
+    """Has JAX keep compiled programs in the cache folder, unless the environment says otherwise."""
+    with contextlib.suppress(RuntimeError):  # There is no home folder.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs_directory()))
 
 
 def _refusal(error: Exception) -> FFLError | None:

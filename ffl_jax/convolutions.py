@@ -5,6 +5,8 @@ it must for the gradient of a kernel, for that of a strided convolution's input,
 convolutions. What stands in their place there gives the same numbers within rounding.
 """
 
+import contextlib
+import contextvars
 import functools
 from collections.abc import Sequence
 
@@ -17,6 +19,17 @@ from jax import lax
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Of the operands of one matrix product in `_kernel_gradient`, in bytes: what stays in a core's cache.
 _CHUNK_BYTES = 3 << 20
+_by_xla = contextvars.ContextVar("by_xla", default=False)
+
+
+@contextlib.contextmanager
+def by_xla():
+    """What is traced inside leaves every convolution to XLA, as on an accelerator."""
+    token = _by_xla.set(True)
+    try:
+        yield
+    finally:
+        _by_xla.reset(token)
 
 
 def conv_general_dilated(
@@ -39,7 +52,8 @@ def conv_general_dilated(
     strides, groups = tuple(window_strides), feature_group_count
     dilated = any(settings.get(key) not in (None, (1, 1)) for key in ("lhs_dilation", "rhs_dilation"))
     usual = x.ndim == 4 and not isinstance(padding, str) and not dilated
-    if jax.default_backend() != "cpu" or not usual or x.dtype not in (jnp.float32, jnp.float64):
+    by_xla = _by_xla.get() or jax.default_backend() != "cpu"
+    if by_xla or not usual or x.dtype not in (jnp.float32, jnp.float64):
         return lax.conv_general_dilated(
             x, kernel, strides, padding, feature_group_count=feature_group_count, **settings
         )

@@ -32,7 +32,7 @@ def command(argv: list[str]):
 
     from ffl_jax import config as config_lib
     from ffl_jax import data, experiment, methods, parallel, teachers
-    from ffl_jax.data import cache
+    from ffl_jax.paths import cache_directory
 
     _say("Python", f"{platform.python_version()} in {sys.prefix}")
     _say("versions", ", ".join(f"{name} {version}" for name, version in experiment.versions().items()))
@@ -41,7 +41,7 @@ def command(argv: list[str]):
         "devices",
         f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), {os.cpu_count()} CPUs",
     )
-    for title, path in (("workdir", workdir), ("data cache", cache.directory(config.data.cache_dir))):
+    for title, path in (("workdir", workdir), ("data cache", cache_directory(config.data.cache_dir))):
         _say(title, f"{path}: {shutil.disk_usage(_existing(path)).free / 1e9:.1f} GB free")
 
     failure = None

@@ -15,12 +15,18 @@ from ffl_jax.experiment import Experiment, check_same
 
 
 class Sweep:
-    """One split, and a compiled program that adds up sums over it, every example exactly once."""
+    """One split, and a compiled program that adds up sums over it, every example exactly once.
+
+    Attributes:
+      input: of `data.eval_input`.
+      program: (sums, (params, model state), arrays of a batch) -> sums.
+      zero: the sums of nothing, replicated.
+    """
 
     def __init__(self, step: Callable, method, split, config, parallel: parallel_lib.Parallel):
         """Args: step: `steps.eval_step` or another of its form. split: a `data.Split`. config: all of it."""
         step = functools.partial(step, method=method, precision=config.precision)
-        self._input = inputs = data.eval_input(split, config, parallel)
+        self.input = inputs = data.eval_input(split, config, parallel)
 
         def add(sums, variables, arrays):
             params, model_state = variables
@@ -28,16 +34,16 @@ class Sweep:
             return jax.tree.map(jnp.add, sums, new)
 
         # The program adds to sums that it is given, so that nothing waits for the host until the end.
-        self._zero = parallel.replicate(_zeros(step, method, split.image_shape))
-        self._program = parallel.map(add, sharded_argnums=(2,) if inputs.sharded else ())
+        self.zero = parallel.replicate(_zeros(step, method, split.image_shape))
+        self.program = parallel.map(add, sharded_argnums=(2,) if inputs.sharded else ())
 
     def __call__(self, state: steps.TrainState):
         """The sums of a replicated state, replicated; None if a signal came. The state stays as it is."""
-        sums = self._zero
-        for arrays in self._input.batches():
+        sums = self.zero
+        for arrays in self.input.batches():
             if preemption.requested():
                 return None
-            finished, sums = sums, self._program(sums, (state.params, state.model_state), arrays)
+            finished, sums = sums, self.program(sums, (state.params, state.model_state), arrays)
             jax.block_until_ready(finished)  # one batch ahead, so that a signal need not wait for more
         return sums
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ffl_jax import config as config_lib
 from ffl_jax import outputs, parallel, steps
-from ffl_jax.data import cache
+from ffl_jax.paths import cache_directory
 
 _MODES = {"loop": False, "vmap": True}
 
@@ -118,7 +118,7 @@ def _key(experiment, devices) -> str:
 
 
 def _remembered(key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
-    path = cache.directory("") / "execution.json"
+    path = cache_directory() / "execution.json"
     known = outputs.read_json(path)
     try:
         return {mode: float(known[key][mode]) for mode in _MODES}

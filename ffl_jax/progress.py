@@ -1,6 +1,8 @@
 """What a person sees while a run trains: a bar on a terminal, now and then a line in a log file."""
 
 import contextlib
+import logging
+import os
 import sys
 import time
 
@@ -8,8 +10,19 @@ import jax
 import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+FIRST_STEP = "The first step was done"  # how a line of the log begins
 _LINE_SECONDS = 15.0
 _DISPATCH_SECONDS = 0.5
+
+
+def process_seconds() -> float:
+    """Since the start of this process, or, where the system does not tell, of the processor's work for it."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):  # no Linux
+        return time.process_time()
 
 
 class Progress:
@@ -86,6 +99,7 @@ class Pace:
         self.steps = 1
         self._given = None  # to the devices last: (an array that is there when it is done, steps)
         self._time: float | None = None
+        self._begun = False
 
     def wait(self, result, steps: int):
         """Returns when all that was given to the devices before this is done.
@@ -99,6 +113,9 @@ class Pace:
             return
         jax.block_until_ready(given[0])
         now = time.monotonic()
+        if not self._begun:
+            self._begun = True
+            logging.info("%s %.1f s after the start of the process.", FIRST_STEP, process_seconds())
         if self._time is not None:
             fitting = _DISPATCH_SECONDS * given[1] / max(now - self._time, 1e-9)
             self.steps = int(min(2 * self.steps, max(1, fitting)))

@@ -19,8 +19,13 @@ from ffl_jax.experiment import Experiment, check_same, run_record, versions
 from ffl_jax.progress import Pace, Progress
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict:
+def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None = None) -> dict:
     """Trains, or continues, the run in `workdir`, and returns its summary.
+
+    Args:
+      config: see `configs/common.py`.
+      workdir: made if it is not there.
+      dataset: where it is loaded already, in place of the one that `config.data` describes.
 
     Raises:
       FFLError: with the exit code of what went wrong; `Preempted` when a signal stopped the run and its state
@@ -31,7 +36,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
     parallel.check_batch_size(config.batch_size, config.accumulate)
     workdir = Path(workdir).absolute()
     with checkpoint.lock(workdir):
-        return _Run(config, workdir, parallel).train()
+        return _Run(config, workdir, parallel, dataset or data.load(config.data)).train()
 
 
 class _Run:
@@ -44,10 +49,10 @@ class _Run:
       scores: {split: {prediction: scores}} there.
     """
 
-    def __init__(self, config, workdir, parallel):
+    def __init__(self, config, workdir, parallel, dataset):
         self.workdir, self.parallel = workdir, parallel
         self.directory = workdir / "checkpoints"
-        self.experiment = Experiment(config, data.load(config.data))
+        self.experiment = Experiment(config, dataset)
         self.config = self.experiment.config
         execution.settle(self.experiment, parallel)
         self.total_steps = self.config.epochs * self.experiment.steps_per_epoch

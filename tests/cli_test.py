@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ffl_jax import cli
+from ffl_jax import cli, paths
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,13 @@ def test_a_command_begins_anew_with_huge_pages(setting, tunables, expected, monk
     again = (sys.executable, [sys.executable, *sys.orig_argv[1:]])
     assert begun == ([again] if expected else [])
     assert os.environ["GLIBC_TUNABLES"] == (expected or tunables)
+
+
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/y")
+    cli._keep_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/y"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    cli._keep_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(paths.programs_directory())

@@ -84,7 +84,14 @@ def test_vectorized_equals_one_after_another(name):
 
 def test_accelerators_get_the_convolutions_of_xla(monkeypatch):
     """Also the depthwise one, and its gradients."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     arguments, _, call = case(**CASES["depthwise"])
-    text = str(jax.make_jaxpr(lambda *arguments: run(call, *arguments))(*map(jnp.float32, arguments)))
-    assert text.count("conv_general_dilated[") == 3
+
+    def convolutions_of_xla():
+        program = jax.make_jaxpr(lambda *arguments: run(call, *arguments))(*map(jnp.float32, arguments))
+        return str(program).count("conv_general_dilated[")
+
+    assert convolutions_of_xla() == 0
+    with convolutions.by_xla():
+        assert convolutions_of_xla() == 3
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert convolutions_of_xla() == 3

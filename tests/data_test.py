@@ -192,12 +192,3 @@ def test_cache_on_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, caplo
         cache.cached("set", "source", str(tmp_path), Counter())
     assert "No space left on device" in caplog.text
     assert not list(tmp_path.iterdir())
-
-
-def test_default_cache_folder(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert str(cache.directory("")) == "/x/ffl_jax"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert str(cache.directory("")) == "/home/someone/.cache/ffl_jax"
-    assert str(cache.directory("~/c")) == "/home/someone/c"

@@ -76,7 +76,7 @@ def train_input(split: Split | StreamedSplit, config, parallel, views: int = 0):
 
 
 def eval_input(split: Split | StreamedSplit, config, parallel):
-    """What feeds evaluation with a split: `batches()` gives every example once.
+    """What feeds evaluation with a split: `batches()` gives every example once, `batch_size` at a time.
 
     `batch(arrays)`, inside the compiled program, gives `image`, `label` and `weight`, which is 0 for padding.
     """

@@ -11,20 +11,10 @@ from collections.abc import Callable
 import numpy as np
 
 from ffl_jax.data import base
+from ffl_jax.paths import cache_directory
 
 Arrays = dict[str, np.ndarray]
 _VERSION = "2"  # Part of every key: raise it when decoding changes, so that older files are not read.
-
-
-def directory(cache_dir: str) -> pathlib.Path:
-    """The folder for cache files: `cache_dir`, else `$XDG_CACHE_HOME/ffl_jax`, else `~/.cache/ffl_jax`.
-
-    It may be deleted at any time: everything in it is made again from its source.
-    """
-    if cache_dir:
-        return pathlib.Path(cache_dir).expanduser()
-    base_dir = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(base_dir) if base_dir else pathlib.Path.home() / ".cache") / "ffl_jax"
 
 
 def file_state(path: str | os.PathLike) -> str:
@@ -39,13 +29,13 @@ def cached(name: str, source: str, cache_dir: str, build: Callable[[], Arrays]) 
     Args:
       name: a readable start for the file's name.
       source: states everything that the arrays depend on: files, their sizes and times, settings.
-      cache_dir: as for `directory`.
+      cache_dir: as for `cache_directory`.
       build: makes the arrays; called if there is no cache file for this source or it is damaged. A cache that
         cannot be written costs a warning, never the run.
     """
     key = base.digest(_VERSION, source)
     try:
-        path = directory(cache_dir) / f"{re.sub('[^A-Za-z0-9._-]+', '-', name)}-{key[:16]}.npz"
+        path = cache_directory(cache_dir) / f"{re.sub('[^A-Za-z0-9._-]+', '-', name)}-{key[:16]}.npz"
         arrays = _read(path, key)
     except RuntimeError:  # There is no home folder.
         path, arrays = None, None

@@ -133,8 +133,8 @@ class EvalInput:
     def __init__(self, split, config, parallel):
         self._settings = config.data
         devices = parallel.num_devices
-        batch_size = min(config.evaluation.batch_size, len(split))
-        indices, weights = eval_batches(len(split), -(-batch_size // devices) * devices)
+        self.batch_size = -(-min(config.evaluation.batch_size, len(split)) // devices) * devices
+        indices, weights = eval_batches(len(split), self.batch_size)
         self._chosen = [parallel.replicate(batch) for batch in zip(indices, weights, strict=True)]
         self._examples = parallel.replicate((split.images, split.labels))
 

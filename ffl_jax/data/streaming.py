@@ -206,9 +206,9 @@ class EvalInput:
     def __init__(self, split: base.StreamedSplit, config, parallel):
         self._settings, self._parallel = config.data, parallel
         devices = parallel.num_devices * jax.process_count()
-        batch_size = min(config.evaluation.batch_size, len(split))
-        batch_size = -(-batch_size // devices) * devices
-        self._pieces = pieces_lib.EvalPieces(split, batch_size, _process(batch_size), config.data.crop)
+        self.batch_size = -(-min(config.evaluation.batch_size, len(split)) // devices) * devices
+        process = _process(self.batch_size)
+        self._pieces = pieces_lib.EvalPieces(split, self.batch_size, process, config.data.crop)
 
     def batches(self):
         pipeline = _Pipeline(self._pieces, 0, self._settings.workers)

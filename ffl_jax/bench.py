@@ -1,0 +1,81 @@
+"""Measures how fast this machine trains: `python -m ffl_jax.bench [--config=configs/DATA.py]`."""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from ffl_jax import cli
+from ffl_jax.registry import nearest
+
+USAGE = """
+python -m ffl_jax.bench [--config=configs/DATA.py[:PRESETS]] [--config.KEY=VALUE ...]
+                        [--parts=step,evaluation,input,loop,start] [--executions=loop,vmap] [--nums=1,2,4]
+                        [--precisions=float32,bfloat16] [--batch_sizes=128,1024]
+                        [--synthetic=CLASSES] [--json=FILE]
+
+Parts: `step`, the bare training step on a batch that stays on the device, once for each combination of what
+the lists name; `evaluation`, its step; `input`, the batches alone; `loop`, real training in a folder of its
+own, which is removed; `start`, a new process up to its first step, with an empty cache of compiled programs
+and with a full one. Times are medians over blocks of calls. FLOPs are XLA's count for plain convolutions, a
+multiply-add as two; peaks are those of a large matrix product and a large sum, measured here.
+"""
+PARTS = ("step", "evaluation", "input", "loop", "start")
+
+
+def command(argv: list[str]):
+    values = cli.new_flags()
+    given = argv[1:]
+    for name, default, text in (
+        ("parts", ["step", "evaluation", "input", "loop"], f"What to measure, of {', '.join(PARTS)}."),
+        ("executions", [], "For the step: loop, vmap, or both; by default that of the configuration."),
+        ("precisions", [], "For the step: float32, bfloat16, or both."),
+        ("nums", [], "For the step: numbers of sub-networks."),
+        ("batch_sizes", [], "For the step: batch sizes."),
+    ):
+        flags.DEFINE_list(name, default, text, flag_values=values)
+    flags.DEFINE_integer(
+        "synthetic",
+        0,
+        "Classes of noise to train on; 0 loads the dataset.",
+        flag_values=values,
+        lower_bound=0,
+    )
+    flags.DEFINE_string("json", None, "A file for the same numbers.", flag_values=values)
+    cli.parse(values, argv, USAGE, config=True)
+    for part in values.parts:
+        if part not in PARTS:
+            raise cli.ConfigError(f"--parts: {nearest(part, PARTS)}")
+    grid = {
+        "subnetworks.execution": values.executions,
+        "precision": values.precisions,
+        "subnetworks.num": [_whole("nums", x) for x in values.nums],
+        "batch_size": [_whole("batch_sizes", x) for x in values.batch_sizes],
+    }
+
+    from ffl_jax import benchmark
+
+    bench = benchmark.Benchmark(values.config, values.synthetic)
+    print(bench.heading(), flush=True)
+    for part in values.parts:
+        if part == "step":
+            bench.steps({key: choices for key, choices in grid.items() if choices})
+        elif part == "start":
+            bench.start([argument for argument in given if argument.startswith("--config")])
+        else:
+            getattr(bench, part)()
+    memory = bench.memory()
+    print(f"\nPeak memory: {', '.join(f'{name} {size:.0f} MB' for name, size in memory.items())}")
+    if values.json:
+        results = bench.machine | {"memory_mb": memory, "rows": bench.rows}
+        Path(values.json).write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _whole(flag, text):
+    if not text.isdecimal() or int(text) < 1:
+        raise cli.ConfigError(f"--{flag} takes whole numbers from 1 on, got {text!r}.")
+    return int(text)
+
+
+if __name__ == "__main__":
+    cli.run(command)

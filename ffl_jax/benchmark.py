@@ -1,0 +1,298 @@
+"""How fast a machine trains, and how far that is from what it could do."""
+
+import dataclasses
+import functools
+import itertools
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ffl_jax import config as config_lib
+from ffl_jax import convolutions, data, evaluation, execution, steps, train
+from ffl_jax.data import Dataset, Split
+from ffl_jax.errors import ConfigError
+from ffl_jax.experiment import Experiment, versions
+from ffl_jax.parallel import Parallel
+from ffl_jax.progress import FIRST_STEP
+
+_LOOP_SECONDS = 20.0
+
+
+class Benchmark:
+    """Prints a row of a table as soon as it is measured, and keeps it.
+
+    Attributes:
+      machine: {name: value} of the device, its measured peaks and the versions.
+      rows: what was measured, dictionaries.
+    """
+
+    def __init__(self, config, synthetic: int):
+        # Compilation is a part of what is measured.
+        jax.config.update("jax_enable_compilation_cache", False)
+        config_lib.check(config)
+        self._parallel = Parallel(**config.parallel)
+        self._parallel.check_batch_size(config.batch_size, config.accumulate)
+        self._dataset = noise(config, synthetic) if synthetic else data.load(config.data)
+        self._experiment = Experiment(config, self._dataset)
+        execution.settle(self._experiment, self._parallel)
+        self._config = self._experiment.config
+        self.rows = []
+        device = self._parallel.devices[0]
+        self.machine = {
+            "device": device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()})",
+            "devices": self._parallel.num_devices,
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "versions": versions(),
+            "peaks": {precision: peak_flops(precision) for precision in ("float32", "bfloat16")},
+            "bandwidth": bandwidth(),
+        }
+
+    def heading(self) -> str:
+        """Machine, configuration, and the head of the table."""
+        machine, config = self.machine, self._config
+        peaks = ", ".join(
+            f"{x / 1e9:.0f} GFLOP/s in {precision}" for precision, x in machine["peaks"].items()
+        )
+        return (
+            f"{machine['devices']} x {machine['device']}, {machine['cores']} cores; "
+            f"{', '.join(f'{name} {version}' for name, version in machine['versions'].items())}\n"
+            f"peaks measured: {peaks}, {machine['bandwidth'] / 1e9:.0f} GB/s\n"
+            f"{config.method.name}, {config.subnetworks.network}, images of "
+            f"{'x'.join(map(str, self._experiment.image_shape[:2]))}\n\n"
+            "| what | K | batch | execution | precision | ms | images/s | GFLOP/s (of peak) | "
+            "GB/s (of peak) | compile s | temporary MB |\n"
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+        )
+
+    def steps(self, grid: dict[str, list]):
+        """The bare training step for each combination of the grid's values."""
+        configs = []
+        for combination in itertools.product(*grid.values()):
+            configs.append(type(self._config)(self._config.to_dict()))
+            configs[-1].update_from_flattened_dict(dict(zip(grid, combination, strict=True)))
+            config_lib.check(configs[-1])
+            self._parallel.check_batch_size(configs[-1].batch_size, configs[-1].accumulate)
+        for config in configs:
+            experiment = Experiment(config, self._dataset)
+            execution.settle(experiment, self._parallel)
+            step, state = execution.training_step(experiment, experiment.method, self._parallel)
+            program, batch = step.args
+            compiled, facts = self._compile(program, (state, batch), experiment)
+            seconds = execution.step_seconds(
+                lambda state, run=compiled, batch=batch: run(state, batch), state
+            )
+            self._row("training step", experiment, seconds, config.batch_size, facts)
+
+    def evaluation(self):
+        """A batch of the test split scored; without its input where that is streamed."""
+        state = self._state()
+        sweep = evaluation.Sweep(
+            steps.eval_step, self._experiment.method, self._dataset.test, self._config, self._parallel
+        )
+        batches = sweep.input.batches()
+        arrays = next(batches)
+        getattr(batches, "close", lambda: None)()
+        arguments = (sweep.zero, (state.params, state.model_state), arrays)
+        compiled, facts = self._compile(sweep.program, arguments, self._experiment)
+        seconds = execution.step_seconds(lambda sums: compiled(sums, *arguments[1:]), sweep.zero)
+        self._row("evaluation step", self._experiment, seconds, sweep.input.batch_size, facts)
+
+    def input(self):
+        """Batches of the training split: on the device where it is resident, on the host where it streams."""
+        method, config = self._experiment.method, self._experiment.config
+        views = method.subnetworks.num if method.views else 0
+        inputs = data.train_input(self._dataset.train, config, self._parallel, views)
+        try:
+            if inputs.reusable:
+                seconds = self._resident_seconds(inputs)
+                self._row("input, on the device", self._experiment, seconds, config.batch_size, {})
+            else:
+                seconds = self._streamed_seconds(inputs)
+                workers = max(1, config.data.workers)
+                self._row(f"input, {workers} worker(s)", self._experiment, seconds, config.batch_size, {})
+                self._say_workers(config.batch_size / seconds / workers)
+        finally:
+            inputs.close()
+
+    def _resident_seconds(self, inputs):
+        arrays = next(inputs.batches(0, 0))
+
+        def run(total, arrays, step):
+            batch = inputs.batch(arrays, step)
+            return total + batch["image"].sum() + batch["label"].sum(), (step + 1) % inputs.steps_per_epoch
+
+        def both(carry, arrays):
+            return run(carry[0], arrays, carry[1])
+
+        program = self._parallel.map(both, donate_argnums=(0,))
+        carry = self._parallel.replicate((jnp.zeros(()), np.int32(0)))
+        return execution.step_seconds(lambda carry: program(carry, arrays), carry)
+
+    def _streamed_seconds(self, inputs):
+        """Of one batch, from the second epoch's side of a full buffer on, for about ten seconds."""
+        times, began, stream = [], time.perf_counter(), inputs.batches(0, 0)
+        while time.perf_counter() - began < 10 or len(times) < 8:
+            batch = next(stream, None)
+            if batch is None:
+                stream = inputs.batches(0, 0)
+                continue
+            jax.block_until_ready(batch)
+            times.append(time.perf_counter())
+        settled = times[len(times) // 4 :]
+        return (settled[-1] - settled[0]) / (len(settled) - 1)
+
+    def _say_workers(self, each):
+        for row in self.rows:
+            if row["what"] == "training step":
+                wanted = row["images_per_second"] / each
+                print(f"(a worker makes {each:.0f} images/s: the step above wants {wanted:.1f})")
+
+    def loop(self):
+        """Real training for about 20 s, input, log and checkpoints included, at the speed that it tells."""
+        known = [row for row in self.rows if row["what"] == "training step"]
+        seconds = known[0]["milliseconds"] / 1e3 if known else self._bare_seconds()
+        config = type(self._config)(self._experiment.config.to_dict())
+        dataset = self._dataset
+        most = max(2, int(_LOOP_SECONDS / seconds)) * config.batch_size
+        if hasattr(dataset.train, "images") and len(dataset.train) > most:
+            dataset = dataclasses.replace(
+                dataset, train=dataset.train.take(np.arange(len(dataset.train)) < most)
+            )
+        per_epoch = -(-len(dataset.train) // config.batch_size)
+        config.epochs = max(1, round(_LOOP_SECONDS / seconds / per_epoch))
+        config.optimizer.schedule = "constant"
+        config.log_every_steps = max(1, min(config.log_every_steps, per_epoch * config.epochs // 4))
+        config.evaluation.every_epochs = config.checkpoint.every_epochs = config.epochs
+        with tempfile.TemporaryDirectory() as workdir:
+            summary = train.train(config, workdir, dataset)
+        speed = summary["images_per_second"]
+        self._row("training loop", self._experiment, config.batch_size / speed, config.batch_size, {})
+        more = config.batch_size / speed / seconds - 1
+        print(f"(a step of the loop takes {100 * more:+.1f} % more time than a bare one)")
+
+    def _bare_seconds(self):
+        step, state = execution.training_step(self._experiment, self._experiment.method, self._parallel)
+        return execution.step_seconds(step, state)
+
+    def start(self, arguments: list[str]):
+        """From the start of `ffl_jax.main` to its first step, with an empty cache and with a full one."""
+        with tempfile.TemporaryDirectory() as folder:
+            for what in ("start to first step, cache empty", "start to first step, cache full"):
+                environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+                program = [
+                    sys.executable,
+                    "-m",
+                    "ffl_jax.main",
+                    *arguments,
+                    f"--workdir={folder}/{len(self.rows)}",
+                ]
+                process = subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True)
+                lines = []
+                for line in process.stderr:
+                    lines.append(line)
+                    if line.startswith(FIRST_STEP):
+                        process.terminate()
+                process.wait()
+                found = [line for line in lines if line.startswith(FIRST_STEP)]
+                if not found:
+                    raise ConfigError(f"{' '.join(program)}: {lines[-1] if lines else 'it said nothing'}")
+                seconds = float(found[0].split()[5])
+                self._row(what, self._experiment, seconds, None, {})
+
+    def memory(self) -> dict[str, float]:
+        """Peaks of this process and, where they are counted, of the first device, in megabytes."""
+        unit = 1e6 if sys.platform == "darwin" else 1e3
+        sizes = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+        stats = self._parallel.devices[0].memory_stats() or {}
+        return sizes | ({"device": stats["peak_bytes_in_use"] / 1e6} if "peak_bytes_in_use" in stats else {})
+
+    def _state(self):
+        return execution.training_step(self._experiment, self._experiment.method, self._parallel)[1]
+
+    def _compile(self, program, arguments, experiment):
+        """(compiled program, what is known of it before it runs)."""
+        start = time.perf_counter()
+        compiled = program.lower(*arguments).compile()
+        facts = {"compile_seconds": time.perf_counter() - start}
+        with convolutions.by_xla():
+            function = program.__wrapped__
+            plain = self._parallel.map(functools.wraps(function)(lambda *arguments: function(*arguments)))
+            facts["flops"] = _count(plain.lower(*arguments).cost_analysis(), "flops")
+        facts["bytes"] = _count(compiled.cost_analysis(), "bytes accessed")
+        memory = compiled.memory_analysis()
+        facts["temporary_mb"] = memory.temp_size_in_bytes / 1e6 if memory else None
+        return compiled, facts | {"precision": experiment.config.precision}
+
+    def _row(self, what, experiment, seconds, batch_size, facts):
+        config, networks = experiment.config, experiment.method.subnetworks
+        row = {
+            "what": what,
+            "num": networks.num,
+            "batch_size": batch_size,
+            "execution": "vmap" if getattr(networks, "vectorize", False) else "loop",
+            "precision": config.precision,
+            "milliseconds": 1e3 * seconds,
+            "images_per_second": batch_size / seconds if batch_size else None,
+            **facts,
+        }
+        self.rows.append(row)
+        rates = []
+        for key, peak in (
+            ("flops", self.machine["peaks"][config.precision]),
+            ("bytes", self.machine["bandwidth"]),
+        ):
+            rate = facts[key] / seconds if facts.get(key) else None
+            rates.append(f"{rate / 1e9:.0f} ({100 * rate / peak:.0f} %)" if rate else "")
+        shown = [
+            what,
+            row["num"],
+            batch_size or "",
+            row["execution"],
+            row["precision"],
+            f"{row['milliseconds']:.{1 if seconds > 0.1 else 3}f}",
+            f"{row['images_per_second']:.0f}" if batch_size else "",
+            *rates,
+            f"{facts['compile_seconds']:.1f}" if facts.get("compile_seconds") else "",
+            f"{facts['temporary_mb']:.0f}" if facts.get("temporary_mb") else "",
+        ]
+        print("| " + " | ".join(map(str, shown)) + " |", flush=True)
+
+
+def noise(config, classes: int):
+    """A dataset of random images of `config.data.image_size` pixels (32 if that is 0), for 200 batches."""
+    rng, side = np.random.default_rng(0), config.data.image_size or 32
+
+    def split(count):
+        images = rng.integers(0, 256, (count, side, side, 3), np.uint8)
+        return Split(images, rng.integers(0, classes, count).astype(np.int32))
+
+    names = tuple(f"class {index}" for index in range(max(2, classes)))
+    return Dataset(
+        "noise", split(200 * config.batch_size), split(config.evaluation.batch_size), names, "noise"
+    )
+
+
+def peak_flops(precision: str) -> float:
+    """FLOP/s of a large matrix product on one device."""
+    side = 1024 if jax.default_backend() == "cpu" else 8192
+    x = jnp.full((side, side), 1e-3, precision)
+    return 2 * side**3 / execution.step_seconds(jax.jit(lambda x: x @ x), x)
+
+
+def bandwidth() -> float:
+    """Bytes/s, read and written, of a large sum on one device."""
+    x = jnp.ones(1 << 26, jnp.float32)
+    return 2 * x.nbytes / execution.step_seconds(jax.jit(lambda x: x + 1, donate_argnums=0), x)
+
+
+def _count(analysis, key) -> float | None:
+    analysis = analysis[0] if isinstance(analysis, list | tuple) and analysis else analysis
+    return (analysis or {}).get(key) or None
