@@ -79,8 +79,12 @@ def _use_huge_pages():
 
 def _keep_programs():
     """Has JAX keep compiled programs in the cache folder, unless the environment says otherwise."""
-    with contextlib.suppress(RuntimeError):  # There is no home folder.
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs_directory()))
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    with contextlib.suppress(RuntimeError, OSError):  # There is no home folder, or it cannot be written.
+        folder = programs_directory()
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
 
 
 def _refusal(error: Exception) -> FFLError | None:

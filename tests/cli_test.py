@@ -30,11 +30,19 @@ def test_a_command_begins_anew_with_huge_pages(setting, tunables, expected, monk
     assert os.environ["GLIBC_TUNABLES"] == (expected or tunables)
 
 
-def test_compiled_programs_are_kept_where_the_user_says(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/y")
     cli._keep_programs()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/y"
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     cli._keep_programs()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(paths.programs_directory())
+    assert paths.programs_directory().is_dir()
+
+
+def test_a_cache_that_cannot_be_written_is_left_alone(monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/there/is/none")
+    cli._keep_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
