@@ -38,7 +38,14 @@ class Plain(methods.Method):
 def main(path):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(256, size=(33, 2, 2, 3)).astype(np.uint8), rng.integers(4, size=33)
-    config = ConfigDict({"evaluation": {"batch_size": 8}, "data": {"mean": (0.5,) * 3, "std": (0.25,) * 3}})
+    config = ConfigDict(
+        {
+            "precision": "float32",
+            "num_seeds": 1,
+            "evaluation": {"batch_size": 8},
+            "data": {"mean": (0.5,) * 3, "std": (0.25,) * 3},
+        }
+    )
     method = Plain(Linear(), num_classes=4)
     kernels = rng.normal(size=(2, 12, 4)).astype(np.float32)
     params = {

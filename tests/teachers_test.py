@@ -69,7 +69,7 @@ def draw(abstract, seed):
 
 def write_run(config, workdir, step=None, seed=0, state=None):
     """Writes the checkpoint of a run, of its last step where none is given, without training it."""
-    run = train._Run(config, pathlib.Path(workdir), Parallel(num_devices=1))
+    run = train._Run(config, pathlib.Path(workdir), Parallel(num_devices=1), data.load(config.data))
     state = state or draw(run.experiment.abstract_state(), seed)
     step = run.evaluated_step = run.total_steps if step is None else step
     log = types.SimpleNamespace(sync=lambda: None, size=0)
@@ -111,8 +111,10 @@ def test_one_command_trains_all_and_continues(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         log = second / "metrics.jsonl"
         patch.setattr(preemption, "requested", lambda: log.exists() and log.stat().st_size > 0)
-        with pytest.raises(Preempted, match="step 9 is saved; run the same command again"):
+        with pytest.raises(Preempted, match=r"step \d+ is saved; run the same command again") as stopped:
             train.train(config, tmp_path)
+    (stopped_at,) = re.findall(r"step (\d+)", str(stopped.value))
+    assert 9 < int(stopped_at) < 23  # that line was written while the devices went on
     assert not checkpoint.exists(tmp_path / "checkpoints")
     assert f"Teacher 1 of 2 first: independent, tiny, 1 epochs, in {first}\n" in caplog.text
     assert f"{first} is complete" in caplog.text
@@ -120,7 +122,7 @@ def test_one_command_trains_all_and_continues(tmp_path, monkeypatch, caplog):
     caplog.clear()
 
     summary = train.train(config, tmp_path)
-    assert "Continuing from step 9 of 23" in caplog.text
+    assert f"Continuing from step {stopped_at} of 23" in caplog.text
     assert f"Now their student, in {tmp_path}\n" in caplog.text
     assert f"Teacher 1 of 2: sub_0 of {first}\n" in caplog.text
     assert f"Teacher 2 of 2: sub_0 of {second}\n" in caplog.text
