@@ -49,6 +49,7 @@ def get_config(
 
     config = ConfigDict()
     config.seed = 0
+    config.num_seeds = 1  # runs side by side in one program: seeds seed, seed + 1, …
     config.epochs = 300
     config.batch_size = 128  # of all devices together
     config.accumulate = 1  # parts that the batch is taken in, one after another, to save memory

@@ -11,7 +11,7 @@ from ffl_jax.registry import nearest
 USAGE = """
 python -m ffl_jax.bench [--config=configs/DATA.py[:PRESETS]] [--config.KEY=VALUE ...]
                         [--parts=step,evaluation,input,loop,start] [--executions=loop,vmap] [--nums=1,2,4]
-                        [--precisions=float32,bfloat16] [--batch_sizes=128,1024]
+                        [--precisions=float32,bfloat16] [--batch_sizes=128,1024] [--seeds=1,5]
                         [--synthetic=CLASSES] [--json=FILE]
 
 Parts: `step`, the bare training step on a batch that stays on the device, once for each combination of what
@@ -32,6 +32,7 @@ def command(argv: list[str]):
         ("precisions", [], "For the step: float32, bfloat16, or both."),
         ("nums", [], "For the step: numbers of sub-networks."),
         ("batch_sizes", [], "For the step: batch sizes."),
+        ("seeds", [], "For the step: numbers of seeds side by side."),
     ):
         flags.DEFINE_list(name, default, text, flag_values=values)
     flags.DEFINE_integer(
@@ -51,6 +52,7 @@ def command(argv: list[str]):
         "precision": values.precisions,
         "subnetworks.num": [_whole("nums", x) for x in values.nums],
         "batch_size": [_whole("batch_sizes", x) for x in values.batch_sizes],
+        "num_seeds": [_whole("seeds", x) for x in values.seeds],
     }
 
     from ffl_jax import benchmark

@@ -38,6 +38,8 @@ class Benchmark:
         # Compilation is a part of what is measured.
         jax.config.update("jax_enable_compilation_cache", False)
         config_lib.check(config)
+        if config.num_seeds > 1:
+            raise ConfigError(f"config.num_seeds={config.num_seeds}: for the bench, write --seeds=1,2,….")
         self._parallel = Parallel(**config.parallel)
         self._parallel.check_batch_size(config.batch_size, config.accumulate)
         self._dataset = noise(config, synthetic) if synthetic else data.load(config.data)
@@ -67,9 +69,9 @@ class Benchmark:
             f"peaks measured: {peaks}, {machine['bandwidth'] / 1e9:.0f} GB/s\n"
             f"{config.method.name}, {config.subnetworks.network}, images of "
             f"{'x'.join(map(str, self._experiment.image_shape[:2]))}\n\n"
-            "| what | K | batch | execution | precision | ms | images/s | GFLOP/s (of peak) | "
+            "| what | seeds | K | batch | execution | precision | ms | images/s | GFLOP/s (of peak) | "
             "GB/s (of peak) | compile s | temporary MB |\n"
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
         )
 
     def steps(self, grid: dict[str, list]):
@@ -89,7 +91,7 @@ class Benchmark:
             seconds = execution.step_seconds(
                 lambda state, run=compiled, batch=batch: run(state, batch), state
             )
-            self._row("training step", experiment, seconds, config.batch_size, facts)
+            self._row("training step", experiment, seconds, config.batch_size * config.num_seeds, facts)
 
     def evaluation(self):
         """A batch of the test split scored; without its input where that is streamed."""
@@ -126,7 +128,8 @@ class Benchmark:
         arrays = next(inputs.batches(0, 0))
 
         def run(total, arrays, step):
-            batch = inputs.batch(arrays, step)
+            own, shared = inputs.apart(arrays)
+            batch = inputs.batch(own, shared, step)
             return total + batch["image"].sum() + batch["label"].sum(), (step + 1) % inputs.steps_per_epoch
 
         def both(carry, arrays):
@@ -235,6 +238,7 @@ class Benchmark:
         config, networks = experiment.config, experiment.method.subnetworks
         row = {
             "what": what,
+            "num_seeds": config.num_seeds,
             "num": networks.num,
             "batch_size": batch_size,
             "execution": "vmap" if getattr(networks, "vectorize", False) else "loop",
@@ -253,8 +257,9 @@ class Benchmark:
             rates.append(f"{rate / 1e9:.0f} ({100 * rate / peak:.0f} %)" if rate else "")
         shown = [
             what,
+            row["num_seeds"],
             row["num"],
-            batch_size or "",
+            config.batch_size if batch_size else "",
             row["execution"],
             row["precision"],
             f"{row['milliseconds']:.{1 if seconds > 0.1 else 3}f}",

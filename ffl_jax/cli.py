@@ -189,6 +189,9 @@ def _unknown_key(chosen: str, argv: list[str]) -> ConfigError | None:
 
 def default_workdir(config) -> str:
     """Where a run goes that was given no --workdir."""
+    seeds = f"seed{config.seed}"
+    if config.num_seeds > 1:
+        seeds = f"seeds{config.seed}-{config.seed + config.num_seeds - 1}"
     return os.path.join(
-        "runs", f"{config.data.name}_{config.method.name}_{config.subnetworks.network}_seed{config.seed}"
+        "runs", f"{config.data.name}_{config.method.name}_{config.subnetworks.network}_{seeds}"
     )

@@ -26,6 +26,7 @@ def check(config: ConfigDict):
         "epochs": 1,
         "batch_size": 1,
         "accumulate": 1,
+        "num_seeds": 1,
         "log_every_steps": 1,
         "evaluation.batch_size": 1,
         "evaluation.every_epochs": 1,
@@ -39,6 +40,16 @@ def check(config: ConfigDict):
             raise ConfigError(f"config.{key} must be at least {bound}, got {values[key]}.")
     if values.get("method.temperature") == 0:
         raise ConfigError(f"config.method.temperature must be > 0, got {values['method.temperature']}.")
+    if config.num_seeds > 1 and config.checkpoint.keep < 2:
+        raise ConfigError(
+            "config.checkpoint.keep must be at least 2 with several seeds, got 1: a kill may come when some "
+            "of them have saved a step and others have not."
+        )
+    if config.num_seeds > 1 and config.data.streaming:
+        raise ConfigError(
+            f"config.num_seeds={config.num_seeds} shares a dataset in memory, but config.data.streaming is "
+            "set: train one seed at a time, each with its own --config.seed and --workdir."
+        )
     if config.precision not in PRECISIONS:
         raise ConfigError(
             f"config.precision must be one of {', '.join(PRECISIONS)}, got {config.precision!r}."

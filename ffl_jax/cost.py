@@ -78,8 +78,15 @@ def _used_numbers(jaxpr, variable):
     return sum(math.prod(shape) for shape in copies.values())
 
 
-def training_memory(experiment, num_devices: int) -> dict[str, int]:
+def training_memory(
+    experiment, num_devices: int, num_seeds: int = 1, seeds_at_once: int = 1
+) -> dict[str, int]:
     """Bytes that training takes of each device, without compiling anything.
+
+    Args:
+      experiment: of one seed.
+      num_devices: that share the batch.
+      num_seeds: that are trained side by side, `seeds_at_once` of them at the same moment.
 
     Returns:
       `state`: parameters, optimisers' and model state, and one gradient. `data`: the splits that are held in
@@ -113,9 +120,9 @@ def training_memory(experiment, num_devices: int) -> dict[str, int]:
         maps += kept(method.clone(subnetworks=networks.clone(remat=False))) // networks.num
     splits = (dataset.train, dataset.validation, dataset.test)
     return {
-        "state": _bytes((state, state.params)),
+        "state": _bytes((state, state.params)) * num_seeds,
         "data": sum(_bytes((one.images, one.labels)) for one in splits if isinstance(one, Split)),
-        "maps": maps,
+        "maps": maps * seeds_at_once,
     }
 
 

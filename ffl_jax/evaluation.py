@@ -28,13 +28,21 @@ class Sweep:
         step = functools.partial(step, method=method, precision=config.precision)
         self.input = inputs = data.eval_input(split, config, parallel)
 
-        def add(sums, variables, arrays):
-            params, model_state = variables
+        def add_one(own, arrays):
+            sums, (params, model_state) = own
             new = step({"params": params, **model_state}, inputs.batch(arrays))
             return jax.tree.map(jnp.add, sums, new)
 
+        each = parallel.for_seeds(add_one, config.num_seeds)
+
+        def add(sums, variables, arrays):
+            return each((sums, variables), arrays)
+
         # The program adds to sums that it is given, so that nothing waits for the host until the end.
-        self.zero = parallel.replicate(_zeros(step, method, split.image_shape))
+        zero = _zeros(step, method, split.image_shape)
+        if config.num_seeds > 1:
+            zero = jax.tree.map(lambda x: jnp.stack([x] * config.num_seeds), zero)
+        self.zero = parallel.replicate(zero)
         self.program = parallel.map(add, sharded_argnums=(2,) if inputs.sharded else ())
 
     def __call__(self, state: steps.TrainState):
@@ -54,15 +62,21 @@ class Evaluator:
     def __init__(self, method, split, config, parallel: parallel_lib.Parallel):
         """Args: method: a `Method`. split: a `data.Split`. config: the whole configuration."""
         self._sweep = Sweep(steps.eval_step, method, split, config, parallel)
-        self._parallel = parallel
+        self._parallel, self._num_seeds = parallel, config.num_seeds
 
-    def __call__(self, state: steps.TrainState) -> dict[str, dict[str, float]] | None:
-        """{prediction: scores} of a replicated state; None if a signal came. The state stays as it is."""
+    def __call__(self, state: steps.TrainState) -> list[dict[str, dict[str, float]]] | None:
+        """{prediction: scores} of a replicated state, for each seed; None if a signal came.
+
+        The state stays as it is.
+        """
         sums = self._sweep(state)
         if sums is None:
             return None
         sums = jax.device_get(self._parallel.fetch(sums))
-        return {name: metrics.classification_scores(one) for name, one in sums.items()}
+        seeds = [sums]
+        if self._num_seeds > 1:
+            seeds = [jax.tree.map(lambda x, k=k: x[k], sums) for k in range(self._num_seeds)]
+        return [{name: metrics.classification_scores(one) for name, one in sums.items()} for sums in seeds]
 
 
 def _zeros(step, method, image_shape):
@@ -96,6 +110,11 @@ def evaluate_checkpoint(
       FFLError: there is no such checkpoint or split, or the data is missing or not what was trained on.
     """
     directory = Path(workdir) / "checkpoints"
+    seeds = sorted(Path(workdir).glob("seed_*/checkpoints"))
+    if seeds and not directory.exists():
+        raise ConfigError(
+            f"{workdir} holds {len(seeds)} seeds: choose one, such as --workdir={seeds[0].parent}."
+        )
     if step is not None and step in checkpoint.steps(directory / "best"):
         directory = directory / "best"
     step = checkpoint.find(directory, step)
@@ -111,4 +130,4 @@ def evaluate_checkpoint(
     state = checkpoint.restore(directory, step, experiment.abstract_state())
     parallel = parallel_lib.Parallel(config.parallel.mode)
     evaluator = Evaluator(experiment.method, part, experiment.config, parallel)
-    return step, evaluator(parallel.replicate(state))
+    return step, evaluator(parallel.replicate(state))[0]

@@ -60,29 +60,34 @@ def training_step(experiment, method, devices: parallel.Parallel) -> tuple[Calla
     """(compiled training step on a batch of noise: state -> state, a state to begin with)."""
     config, views = experiment.config, method.subnetworks.num if method.views else 0
     rng = np.random.default_rng(0)
-    shape = (*([views] if views else []), config.batch_size // devices.num_devices, *experiment.image_shape)
+    size = config.batch_size // devices.num_devices
+    seeds = (config.num_seeds,) if config.num_seeds > 1 else ()
+    shape = (*seeds, *([views] if views else []), size, *experiment.image_shape)
     batch = devices.replicate(
         {
             "image": rng.normal(size=shape).astype(np.float32),
-            "label": np.zeros(shape[-4], np.int32),
+            "label": np.zeros((*seeds, size), np.int32),
         }
     )
-    step = devices.map(
-        functools.partial(
-            steps.train_step,
+
+    def one(state_and_batch):
+        return steps.train_step(
+            *state_and_batch,
             method=method,
             optimizers=experiment.optimizers,
             steps_per_epoch=experiment.steps_per_epoch,
             precision=config.precision,
             accumulate=config.accumulate,
-        ),
-        donate_argnums=(0,),
-    )
+        )
+
+    each = devices.for_seeds(one, config.num_seeds)
+    step = devices.map(lambda state, batch: each((state, batch)), donate_argnums=(0,))
 
     def numbers(leaf):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.key(0)
-        return jnp.full(leaf.shape, 0.01, leaf.dtype)
+            key = jax.random.key(0)
+            return jnp.stack([key] * config.num_seeds) if seeds else key
+        return jnp.full((*seeds, *leaf.shape), 0.01, leaf.dtype)
 
     state = devices.replicate(jax.tree.map(numbers, experiment.abstract_state()))
     return functools.partial(_call, step, batch), state
@@ -111,7 +116,10 @@ def step_seconds(step: Callable, state, blocks: int = 5, block_seconds: float = 
 def _key(experiment, devices) -> str:
     """Names all that the speed depends on."""
     config = config_lib.to_json(experiment.config)
-    parts = {key: config[key] for key in ("method", "subnetworks", "batch_size", "precision", "accumulate")}
+    parts = {
+        key: config[key]
+        for key in ("method", "subnetworks", "batch_size", "precision", "accumulate", "num_seeds")
+    }
     parts |= {"image": list(experiment.image_shape), "classes": experiment.method.num_classes}
     parts |= {"devices": [devices.devices[0].device_kind, devices.num_devices], "jax": jax.__version__}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

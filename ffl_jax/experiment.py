@@ -13,7 +13,7 @@ from ffl_jax import config as config_lib
 from ffl_jax.data import Dataset, resident
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 
-RUN_FORMAT = 1
+RUN_FORMAT = 2
 
 
 class Experiment:

@@ -1,5 +1,7 @@
 """Trains and evaluates one configuration: `python -m ffl_jax.main --config=configs/DATA.py --workdir=DIR`."""
 
+import statistics
+
 from absl import flags
 
 from ffl_jax import cli
@@ -24,9 +26,16 @@ def command(argv: list[str]):
     workdir = values.workdir or cli.default_workdir(values.config)
     summary = train.train(values.config, workdir)
     scores = ", ".join(
-        f"{name} {100 * one['top1']:.2f} %" for name, one in summary["predictors"].items() if "top1" in one
+        f"{name} {_percent(one['top1'])}" for name, one in summary["predictors"].items() if "top1" in one
     )
     print(f"{summary['status']}: test top-1: {scores}\nwritten to {workdir}")
+
+
+def _percent(top1: float | list[float]) -> str:
+    """Of one seed, or mean and standard deviation over several."""
+    if not isinstance(top1, list):
+        return f"{100 * top1:.2f} %"
+    return f"{100 * statistics.mean(top1):.2f} ± {100 * statistics.stdev(top1):.2f} %"
 
 
 if __name__ == "__main__":

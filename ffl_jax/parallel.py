@@ -129,6 +129,17 @@ class Parallel:
 
         return jax.tree.map(put, tree)
 
+    def for_seeds(self, function, num_seeds: int):
+        """`function(own, *shared)` of one seed, for trees `own` and results with a leading axis of seeds.
+
+        A CPU takes one seed after another, since a convolution that is vmapped over kernels is slow there.
+        One seed has no such axis.
+        """
+        if num_seeds == 1:
+            return function
+        over = lax.map if self.devices[0].platform == "cpu" else lambda one, own: jax.vmap(one)(own)
+        return lambda own, *shared: over(lambda one: function(one, *shared), own)
+
     def map(self, function, donate_argnums=(), sharded_argnums=()):
         """Compiles `function` for all devices; replicated trees in, replicated trees out.
 

@@ -39,12 +39,16 @@ def test_every_part_on_digits(run):
     assert results["memory_mb"]["host"] > 50
     rows = results["rows"]
     found = [(row["what"], row["execution"], row["num"], row["batch_size"]) for row in rows]
+    assert {row["num_seeds"] for row in rows} == {1}
     grid = [("training step", mode, num, 32) for mode in ("loop", "vmap") for num in (1, 3)]
     rest = [("evaluation step", "loop", 2, 360), ("input, on the device", "loop", 2, 64)]
     assert found == [*grid, *rest, ("training loop", "loop", 2, 64)]
     for row in rows:
         assert row["images_per_second"] == pytest.approx(1e3 * row["batch_size"] / row["milliseconds"])
-        assert text.count(f"| {row['what']} | {row['num']} | {row['batch_size']} | {row['execution']} |") == 1
+        assert (
+            text.count(f"| {row['what']} | 1 | {row['num']} | {row['batch_size']} | {row['execution']} |")
+            == 1
+        )
     for row in rows[:5]:
         assert row["compile_seconds"] > 0
         assert row["temporary_mb"] > 0

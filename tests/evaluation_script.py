@@ -60,7 +60,7 @@ def main(path):
         state = runner.replicate(steps.TrainState(zero, params, {}, {}, zero, {}))
         for size in SIZES:
             split = Split(images[:size], labels[:size].astype(np.int32))
-            results[f"{devices} {size}"] = Evaluator(method, split, config, runner)(state)
+            results[f"{devices} {size}"] = Evaluator(method, split, config, runner)(state)[0]
     with open(path, "w") as file:
         json.dump(
             {

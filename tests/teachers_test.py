@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from ffl_jax import config as config_lib
 from ffl_jax.data import Split
 from ffl_jax.errors import CheckpointError, ConfigError, Preempted
 from ffl_jax.experiment import Experiment
-from ffl_jax.parallel import Parallel
+from ffl_jax.run import Run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,12 +68,11 @@ def draw(abstract, seed):
 
 def write_run(config, workdir, step=None, seed=0, state=None):
     """Writes the checkpoint of a run, of its last step where none is given, without training it."""
-    run = train._Run(config, pathlib.Path(workdir), Parallel(num_devices=1), data.load(config.data))
+    run = Run(Experiment(config, data.load(config.data)), pathlib.Path(workdir), "", 1)
     state = state or draw(run.experiment.abstract_state(), seed)
     step = run.evaluated_step = run.total_steps if step is None else step
-    log = types.SimpleNamespace(sync=lambda: None, size=0)
-    with checkpoint.Checkpoints(run.directory) as writer:
-        run.save(writer, step, run.parallel.replicate(state.replace(step=jnp.int32(step))), log)
+    with run.writing(step):
+        run.save(step, state.replace(step=jnp.int32(step)))
     return state
 
 

@@ -66,8 +66,10 @@ def train_input(split: Split | StreamedSplit, config, parallel, views: int = 0):
 
     Returns:
       An object with `steps_per_epoch`; `batches(epoch, position)`, an iterator over the arrays of this and
-      the following batches of one epoch, on the devices; `batch(arrays, step)`, to be called inside the
-      compiled step, which gives this device's `image` and `label`; `sharded`, whether these arrays are split
+      the following batches of one epoch, on the devices; `apart(arrays)`, which divides them into what each
+      seed has for itself, with a leading axis where they are several, and what all share; `batch(own, shared,
+      step)`, to be called with these inside the compiled step, which gives `image` and `label` of one seed on
+      this device; `sharded`, whether these arrays are split
       over the devices rather than replicated; `reusable`, whether they serve all steps of the epoch that
       follow rather than one; `close()`. What it gives is a pure function of the configuration's seed, the
       epoch and the position.

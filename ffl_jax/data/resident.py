@@ -20,7 +20,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
-def epoch_order(seed: int, epoch: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
+def epoch_order(seed: int | jax.Array, epoch: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
     """Example indices of one epoch, int32 [steps_per_epoch, batch_size]; each example comes at least once."""
     key = jax.random.fold_in(_data_key(seed), epoch)
     order = jax.random.permutation(key, num_examples)
@@ -32,7 +32,7 @@ def train_batch(
     images: jax.Array,
     labels: jax.Array,
     indices: jax.Array,
-    seed: int,
+    seed: int | jax.Array,
     epoch: jax.Array,
     settings,
     views: int = 0,
@@ -49,7 +49,7 @@ def train_batch(
 
 
 def augmented(
-    images: jax.Array, indices: jax.Array, seed: int, epoch: jax.Array, settings, views: int = 0
+    images: jax.Array, indices: jax.Array, seed: int | jax.Array, epoch: jax.Array, settings, views: int = 0
 ) -> jax.Array:
     """Padded, cropped, flipped, normalised images: [B, H, W, 3], or [views, B, H, W, 3].
 
@@ -94,32 +94,37 @@ def eval_batch(images, labels, indices, weights, settings) -> dict[str, jax.Arra
 
 
 class TrainInput:
-    """Feeds the training step; see `data.train_input`."""
+    """Feeds the training step; see `data.train_input`. With several seeds, each has an order of its own."""
 
     sharded = False
     reusable = True
 
     def __init__(self, split, config, parallel, views: int):
-        self._settings, self._seed, self._views = config.data, config.seed, views
+        self._settings, self._views = config.data, views
         self._parallel = parallel
         self._examples = parallel.replicate((split.images, split.labels))
         self.steps_per_epoch = steps_per_epoch(len(split), config.batch_size)
 
-        def order(epoch):
-            return epoch_order(config.seed, epoch, len(split), config.batch_size)
+        def order(own):
+            return own, epoch_order(own["seed"], own["epoch"], len(split), config.batch_size)
 
-        self._order = parallel.map(order)
+        self._order = parallel.map(parallel.for_seeds(order, config.num_seeds))
+        seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.uint32)
+        self._seeds = seeds if config.num_seeds > 1 else seeds[0]
 
     def batches(self, epoch: int, position: int):
-        order = self._order(self._parallel.replicate(np.int32(epoch)))
+        own = {"seed": self._seeds, "epoch": np.full_like(self._seeds, epoch, dtype=np.int32)}
+        order = self._order(self._parallel.replicate(own))
         for _ in range(position, self.steps_per_epoch):
             yield order, self._examples  # the step picks its batch itself, by its number
 
-    def batch(self, arrays, step: jax.Array) -> dict[str, jax.Array]:
-        order, examples = arrays
-        epoch, position = jnp.divmod(step, self.steps_per_epoch)
-        indices = parallel_lib.share(order[position])
-        return train_batch(*examples, indices, self._seed, epoch, self._settings, self._views)
+    def apart(self, arrays):
+        return arrays
+
+    def batch(self, own, shared, step: jax.Array) -> dict[str, jax.Array]:
+        about, order = own
+        indices = parallel_lib.share(order[step % self.steps_per_epoch])
+        return train_batch(*shared, indices, about["seed"], about["epoch"], self._settings, self._views)
 
     def close(self):
         pass

@@ -181,8 +181,11 @@ class TrainInput:
             self._next_step = step + 1
             yield self._parallel.shard(arrays)
 
-    def batch(self, arrays, step: jax.Array) -> dict[str, jax.Array]:
-        images, labels, indices = arrays
+    def apart(self, arrays):
+        return (), arrays
+
+    def batch(self, own, shared, step: jax.Array) -> dict[str, jax.Array]:
+        images, labels, indices = shared
         if self._settings.crop == "pad":
             epoch = step // self.steps_per_epoch
             image = resident.augmented(images, indices, self._seed, epoch, self._settings, self._views)

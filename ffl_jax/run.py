@@ -1,0 +1,214 @@
+"""One run: the training of one seed in one folder, and all that it reads from there and writes to it."""
+
+import contextlib
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ffl_jax import checkpoint, cost, metrics, outputs, teachers
+from ffl_jax import config as config_lib
+from ffl_jax.errors import NonFiniteError
+from ffl_jax.experiment import Experiment, check_same, run_record, versions
+
+
+class Run:
+    """Checkpoints, log, curves and summary of one seed.
+
+    Attributes:
+      workdir, directory: the folder, and the one of its checkpoints.
+      experiment: a configuration and a dataset.
+      total_steps: of the whole training.
+      best: {"step", "epoch", "validation_top1", "predictors"} of the epoch that the validation split prefers;
+        None without one.
+      evaluated_step: the last step that was evaluated, -1 at first.
+      scores: {split: {prediction: scores}} there.
+      diverged: whether it met a number that is not finite.
+    """
+
+    def __init__(self, experiment: Experiment, workdir: Path, devices: str, num_devices: int):
+        """Args: devices, num_devices: what trains it, for the summary and the checkpoints."""
+        self.experiment, self.workdir = experiment, workdir
+        self.directory = workdir / "checkpoints"
+        self.total_steps = experiment.config.epochs * experiment.steps_per_epoch
+        self._devices, self._num_devices = devices, num_devices
+        self.best = None
+        self.evaluated_step = -1
+        self.scores = {}
+        self.diverged = False
+        self._metrics_bytes = 0
+        self._log, self._newest, self._best = None, None, None
+
+    # -- from the disk -------------------------------------------------------------------------------------
+
+    def newest_step(self) -> int | None:
+        """The newest step that is whole; damaged ones are set aside. None where nothing was ever saved."""
+        if not checkpoint.exists(self.directory):
+            return None
+        return checkpoint.find(self.directory, quarantine=True)
+
+    def restore(self, step: int | None, train):
+        """The state to continue from, on one device.
+
+        Args:
+          step: a whole one, or None to begin: with teachers, these are found or trained first.
+          train: `train.train`.
+        """
+        experiment = self.experiment
+        if step is None:
+            runs = teachers.prepare(experiment.config, self.workdir, train)
+            return teachers.install(experiment.initial_state(), runs, experiment)
+        run = checkpoint.load_run(self.directory, step)
+        check_same(run, experiment, self.directory / str(step))
+        self.best, self.evaluated_step, self.scores = run["best"], run["evaluated_step"], run["scores"]
+        self._metrics_bytes = run["metrics_bytes"]
+        return checkpoint.restore(self.directory, step, experiment.abstract_state())
+
+    def stored_summary(self, step: int) -> dict:
+        """The summary of a run that is complete; written again where a kill came before it."""
+        summary = outputs.read_json(self.workdir / "summary.json")
+        if summary.get("status") == "completed" and summary.get("step") == step:
+            return summary
+        return self.write_summary("completed", step, None)
+
+    # -- to the disk ---------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def writing(self, step: int):
+        """Inside, lines and checkpoints after `step` can be written; at the end the last are on the disk."""
+        config = self.experiment.config
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        outputs.write_json(self.workdir / "config.json", config_lib.to_json(config))
+        with contextlib.ExitStack() as stack:
+            self._log = outputs.MetricsLog(self.workdir, self._metrics_bytes, step)
+            stack.callback(self._log.close)
+            self._newest = stack.enter_context(checkpoint.Checkpoints(self.directory, config.checkpoint.keep))
+            if self.experiment.dataset.validation is not None:
+                self._best = stack.enter_context(checkpoint.Checkpoints(self.directory / "best", keep=1))
+            yield
+
+    def save(self, step: int, state, replace: bool = False):
+        """Begins to save a state of one device; raises NonFiniteError instead where it is beyond use."""
+        self._save(self._newest, step, state, replace)
+
+    def _save(self, checkpoints, step, state, replace=False):
+        self._log.sync()
+        self._check_finite(jax.device_get(state.record), step)
+        broken = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+            if not np.isfinite(np.asarray(leaf)).all()
+        ]
+        if broken:
+            raise self._not_finite(step, broken)
+        run = run_record(
+            self.experiment, self._num_devices, self._log.size, self.best, self.evaluated_step, self.scores
+        )
+        checkpoints.save(step, state, run, replace)
+
+    def write_line(self, record, step: int, images_per_second: float | None) -> tuple[float, float]:
+        """Writes what the steps since the last line gave; returns their mean loss and accuracy.
+
+        Raises:
+          NonFiniteError: one of the steps was not finite.
+        """
+        method = self.experiment.method
+        self._check_finite(record, step)
+        terms = {name: float(total) / int(record["steps"]) for name, total in record["terms"].items()}
+        scores = {name: metrics.classification_scores(sums) for name, sums in record["predictions"].items()}
+        self._log.write(step, step / self.experiment.steps_per_epoch, "train", terms | _by_name(scores))
+        if images_per_second:
+            self._log.write_speed(step, images_per_second)
+        return sum(terms[name] for name in method.trains), scores[method.headline]["top1"]
+
+    def write_scores(self, scores: dict[str, dict], step: int, state):
+        """Writes the scores of every split, draws the curves, keeps the state if validation prefers it.
+
+        Args:
+          scores: {split: {prediction: scores}}.
+          step: where they were taken.
+          state: a function that gives the state there.
+        """
+        epoch = step / self.experiment.steps_per_epoch
+        config = self.experiment.config
+        self.scores, self.evaluated_step = scores, step
+        for split, one in scores.items():
+            self._log.write(step, epoch, split, _by_name(one))
+        if "validation" in scores:
+            top1 = scores["validation"][self.experiment.method.headline]["top1"]
+            if self.best is None or top1 > self.best["validation_top1"]:
+                test = scores["test"]
+                self.best = {"step": step, "epoch": epoch, "validation_top1": top1, "predictors": test}
+                self._save(self._best, step, state())
+        title = f"{config.method.name} · {config.subnetworks.network} · {config.data.name}"
+        outputs.draw_curves(self.workdir, title)
+
+    def write_summary(self, status: str, step: int, images_per_second: float | None) -> dict:
+        """Writes `summary.json`, and returns it."""
+        experiment, config = self.experiment, self.experiment.config
+        abstract = experiment.abstract_state()
+        costs = cost.prediction_costs(
+            experiment.method, abstract.params, abstract.model_state, experiment.image_shape
+        )
+        scores = self.scores.get("test", {})
+        summary = {
+            "status": status,
+            "step": step,
+            "epoch": step / experiment.steps_per_epoch,
+            "seed": config.seed,
+            "method": config.method.name,
+            "networks": config_lib.network_names(config),
+            "dataset": config.data.name,
+            "predictors": {name: scores.get(name, {}) | one for name, one in costs.items()},
+            "deploy": experiment.method.headline,
+            "best": self.best,
+            "images_per_second": images_per_second,
+            "device": self._devices,
+            "versions": versions(),
+        }
+        outputs.write_json(self.workdir / "summary.json", summary)
+        return summary
+
+    def _check_finite(self, record, step: int):
+        """Raises NonFiniteError, naming the first bad step and its terms, unless all steps were fine."""
+        count, finite = int(record["steps"]), int(record["finite_steps"])
+        if finite < count:
+            terms = record["terms"].items()
+            bad = [name for name, x in terms if not np.isfinite(x)]
+            raise self._not_finite(step - count + finite + 1, bad)
+
+    def _not_finite(self, step: int, names: list[str]) -> NonFiniteError:
+        self.diverged = True
+        kept = checkpoint.steps(self.directory)
+        return NonFiniteError(
+            f"training became infinite or not a number at step {step}, in {', '.join(names[:6])}: lower "
+            f"config.optimizer.learning_rate (now {self.experiment.config.optimizer.learning_rate}); "
+            f"last good checkpoint: {f'step {kept[-1]}' if kept else 'none'} in {self.directory}."
+        )
+
+
+def tell(epoch: float, runs: list[Run]):
+    """Logs the scores of the last evaluation: of one run, or the mean over several."""
+    for split, predictions in runs[0].scores.items():
+        means = {name: np.mean([run.scores[split][name]["top1"] for run in runs]) for name in predictions}
+        shown = "  ".join(f"{name} {100 * top1:.2f}%" for name, top1 in means.items())
+        over = f", mean of {len(runs)} seeds" if len(runs) > 1 else ""
+        logging.info("epoch %g, %s%s: %s", epoch, split, over, shown)
+
+
+def joint_summary(summaries: list[dict]) -> dict:
+    """One summary of several seeds: what differs between them, and every score, is a list over seeds."""
+    first = summaries[0]
+    if len(summaries) == 1:
+        return first
+    predictors = {
+        name: {key: [one["predictors"][name].get(key) for one in summaries] for key in values}
+        for name, values in first["predictors"].items()
+    }
+    lists = {key: [one[key] for one in summaries] for key in ("seed", "best")}
+    return {**first, **lists, "predictors": predictors}
+
+
+def _by_name(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {f"{name}/{score}": value for name, one in scores.items() for score, value in one.items()}

@@ -1,0 +1,241 @@
+"""Several seeds in one program: each must end like a run of its own, and be one for every command."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from ffl_jax import checkpoint, data, evaluation, main, outputs, preemption, steps, train
+from ffl_jax import config as config_lib
+from ffl_jax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
+from ffl_jax.experiment import Experiment
+from ffl_jax.parallel import Parallel
+
+SEEDS = (3, 4)
+
+
+def configuration(num_seeds=2, seed=3, method="ffl", **settings):
+    config = digits.get_config(f"network=tiny,method={method},epochs=2")
+    config.update(seed=seed, num_seeds=num_seeds, batch_size=128, log_every_steps=5)
+    config.data.validation_examples = 100
+    config.checkpoint.every_steps = 4
+    # Rounding grows from step to step, faster at the higher rates at which such a network still learns.
+    config.optimizer.learning_rate = 0.01
+    config.update_from_flattened_dict(settings)
+    return config
+
+
+def final_state(workdir):
+    directory = workdir / "checkpoints"
+    step = checkpoint.find(directory)
+    config = config_lib.from_json(checkpoint.load_run(directory, step)["config"])
+    experiment = Experiment(config, data.load(config.data))
+    state = checkpoint.restore(directory, step, experiment.abstract_state())
+    return jax.tree.map(np.asarray, state.replace(rng=jax.random.key_data(state.rng)))
+
+
+@pytest.fixture(scope="module", params=["ffl", "kdcl"])
+def method(request):
+    """The second has a view for each sub-network."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def joint(method, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("joint")
+    return workdir, train.train(configuration(method=method), workdir)
+
+
+def test_each_seed_equals_its_single_run(method, joint, tmp_path):
+    workdir, summary = joint
+    for index, seed in enumerate(SEEDS):
+        own, alone = workdir / f"seed_{seed}", tmp_path / str(seed)
+        single = train.train(configuration(1, seed, method), alone)
+        state, expected = final_state(own), final_state(alone)
+        for (path, leaf), wanted in zip(
+            jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(leaf, wanted, rtol=2e-4, atol=2e-5, err_msg=str(path))
+        lines, wanted_lines = (outputs.read_metrics(one / "metrics.jsonl") for one in (own, alone))
+        assert len(lines) == len(wanted_lines) > 6
+        for line, wanted in zip(lines, wanted_lines, strict=True):
+            assert line.keys() == wanted.keys()
+            assert (line["step"], line["split"]) == (wanted["step"], wanted["split"])
+            for name in line.keys() - {"step", "split", "epoch"}:
+                # One image on the other side changes an accuracy by this.
+                atol = 2 / 100 if name.endswith(("top1", "top5", "ece")) else 2e-4
+                np.testing.assert_allclose(line[name], wanted[name], rtol=2e-4, atol=atol, err_msg=name)
+        own_summary = outputs.read_json(own / "summary.json")
+        assert own_summary["seed"] == single["seed"] == summary["seed"][index] == seed
+        assert own_summary["predictors"].keys() == single["predictors"].keys()
+        assert checkpoint.steps(own / "checkpoints") == checkpoint.steps(alone / "checkpoints")
+
+
+def test_the_joint_summary_lists_the_seeds(joint):
+    workdir, summary = joint
+    assert summary == outputs.read_json(workdir / "summary.json")
+    assert (summary["status"], summary["step"], summary["epoch"]) == ("completed", 22, 2.0)
+    assert summary["seed"] == list(SEEDS)
+    assert [one["predictors"].keys() for one in summary["best"]] == [summary["predictors"].keys()] * 2
+    for name, scores in summary["predictors"].items():
+        for key, values in scores.items():
+            own = [outputs.read_json(workdir / f"seed_{seed}" / "summary.json") for seed in SEEDS]
+            assert values == [one["predictors"][name][key] for one in own]
+    nll = summary["predictors"]["sub_0"]["nll"]
+    assert nll[0] != nll[1]  # they are two
+    assert outputs.read_json(workdir / "config.json")["num_seeds"] == 2
+
+
+def test_a_seed_is_a_run_for_other_commands(joint):
+    workdir, summary = joint
+    step, scores = evaluation.evaluate_checkpoint(workdir / "seed_4")
+    assert step == 22
+    assert scores["sub_0"]["nll"] == pytest.approx(summary["predictors"]["sub_0"]["nll"][1], rel=1e-5)
+    with pytest.raises(ConfigError, match=r"holds 2 seeds: choose one, such as --workdir=.*/seed_3"):
+        evaluation.evaluate_checkpoint(workdir)
+
+
+def test_complete_seeds_are_left_alone(joint, method):
+    workdir, summary = joint
+    assert train.train(configuration(method=method), workdir) == summary
+    (workdir / "seed_4" / "summary.json").unlink()
+    again = train.train(configuration(method=method), workdir)
+    assert again["predictors"] == summary["predictors"]
+    assert (workdir / "seed_4" / "summary.json").exists()
+
+
+def stopped_at(step, monkeypatch):
+    """A signal comes as soon as that many steps were begun."""
+    begun = []
+    advance = train.Progress.advance
+
+    def count(progress, steps):
+        begun.append(steps)
+        advance(progress, steps)
+
+    monkeypatch.setattr(train.Progress, "advance", count)
+    monkeypatch.setattr(preemption, "requested", lambda: sum(begun) >= step)
+
+
+def test_stopped_and_killed_seeds_continue_with_the_same_bits(joint, method, tmp_path, monkeypatch):
+    """Killed between the saves of two seeds: they go on from the newest step that both have."""
+    if method != "ffl":
+        pytest.skip("one method is enough")
+    with monkeypatch.context() as patch:
+        stopped_at(6, patch)
+        with pytest.raises(Preempted):
+            train.train(configuration(), tmp_path)
+    summary = outputs.read_json(tmp_path / "summary.json")
+    assert summary["status"] == "preempted"
+    newest = checkpoint.steps(tmp_path / "seed_3" / "checkpoints")
+    assert newest[-1] == summary["step"] >= 6
+    shutil.rmtree(tmp_path / "seed_4" / "checkpoints" / str(newest[-1]))
+    train.train(configuration(), tmp_path)
+    workdir, _ = joint
+    for seed in SEEDS:
+        own, expected = tmp_path / f"seed_{seed}", workdir / f"seed_{seed}"
+        assert (own / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+        for leaf, wanted in zip(*(jax.tree.leaves(final_state(one)) for one in (own, expected)), strict=True):
+            np.testing.assert_array_equal(leaf, wanted)
+    for step in checkpoint.steps(tmp_path / "seed_4" / "checkpoints"):
+        shutil.rmtree(tmp_path / "seed_4" / "checkpoints" / str(step))
+    with pytest.raises(CheckpointError, match=r"seed_[34]/checkpoints has no whole step 0"):
+        train.train(configuration(), tmp_path)
+
+
+def by_vmap(self, function, num_seeds):
+    """`Parallel.for_seeds` as on an accelerator."""
+    if num_seeds == 1:
+        return function
+    return lambda own, *shared: jax.vmap(lambda one: function(one, *shared))(own)
+
+
+def test_vectorized_seeds_give_the_same_numbers(method, tmp_path, monkeypatch):
+    """In the first two steps; rounding grows in those that follow."""
+    monkeypatch.setattr(Parallel, "for_seeds", by_vmap)
+    settings = {"method": method, "epochs": 1, "log_every_steps": 2}
+    train.train(configuration(**settings), tmp_path / "joint")
+    for seed in SEEDS:
+        train.train(configuration(1, seed, **settings), tmp_path / str(seed))
+        line, expected = (
+            outputs.read_metrics(tmp_path / one / "metrics.jsonl")[0]
+            for one in (f"joint/seed_{seed}", str(seed))
+        )
+        assert line.keys() == expected.keys()
+        assert line["step"] == 2
+        for name in line.keys() - {"split"}:
+            atol = 2 / 500 if name.endswith(("top1", "top5", "ece")) else 1e-4
+            np.testing.assert_allclose(line[name], expected[name], rtol=1e-3, atol=atol, err_msg=name)
+
+
+def test_vectorized_step_in_float64(method):
+    """Two states and two batches at once, and one after the other."""
+    experiment = Experiment(configuration(1, method=method), data.load(digits.get_config().data))
+    made = experiment.method
+    views = (made.subnetworks.num,) if made.views else ()
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+
+        def double(x):
+            return x.astype("float64") if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x
+
+        states = [
+            jax.tree.map(
+                double, steps.create_state(made, experiment.optimizers, jax.random.key(seed), (8, 8, 3))
+            )
+            for seed in SEEDS
+        ]
+        batches = [
+            {"image": rng.normal(size=(*views, 8, 8, 8, 3)), "label": rng.integers(10, size=8)} for _ in SEEDS
+        ]
+
+        def step(own):
+            return steps.train_step(*own, method=made, optimizers=experiment.optimizers, steps_per_epoch=11)
+
+        pairs = list(zip(states, batches, strict=True))
+        stacked = jax.tree.map(lambda *x: jax.numpy.stack(x), *pairs)
+        together = jax.jit(lambda own: by_vmap(None, step, 2)(own))(stacked)
+        for index, pair in enumerate(pairs):
+            alone = jax.jit(step)(pair)
+            for actual, expected in zip(
+                jax.tree.leaves((together.params, together.opt_state, together.model_state)),
+                jax.tree.leaves((alone.params, alone.opt_state, alone.model_state)),
+                strict=True,
+            ):
+                np.testing.assert_allclose(actual[index], expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_seed_that_diverges_is_named_and_ends_all(tmp_path):
+    config = configuration(**{"optimizer.learning_rate": 1e30, "checkpoint.every_steps": 0})
+    with pytest.raises(NonFiniteError, match=r"lower config.optimizer.learning_rate"):
+        train.train(config, tmp_path)
+    summaries = [outputs.read_json(tmp_path / f"seed_{seed}" / "summary.json") for seed in SEEDS]
+    assert [one["status"] for one in summaries] == ["diverged", "preempted"]
+    assert outputs.read_json(tmp_path / "summary.json")["status"] == "diverged"
+
+
+def test_one_checkpoint_is_too_few():
+    with pytest.raises(ConfigError, match=r"config.checkpoint.keep must be at least 2 with several seeds"):
+        config_lib.check(configuration(**{"checkpoint.keep": 1}))
+
+
+def test_streamed_data_is_refused():
+    config = configuration(**{"data.streaming": True, "data.image_size": 8})
+    with pytest.raises(ConfigError, match=r"config.num_seeds=2 shares a dataset in memory"):
+        config_lib.check(config)
+
+
+def test_the_command_shows_mean_and_deviation(tmp_path, capsys, monkeypatch):
+    def trained(config, workdir):
+        assert config.num_seeds == 3
+        return {"status": "completed", "predictors": {"sub_0": {"top1": [0.5, 0.6, 0.7]}}}
+
+    monkeypatch.setattr(train, "train", trained)
+    argv = ["main", "--config.num_seeds=3", "--config.seed=2"]
+    monkeypatch.setattr("sys.argv", argv)
+    main.command(argv)
+    output = capsys.readouterr().out
+    assert "sub_0 60.00 ± 10.00 %" in output
+    assert "runs/digits_ffl_resnet8_seeds2-4" in output
