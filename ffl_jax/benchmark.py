@@ -24,6 +24,7 @@ from ffl_jax.parallel import Parallel
 from ffl_jax.progress import FIRST_STEP
 
 _LOOP_SECONDS = 20.0
+_STREAM_SECONDS = 10.0
 
 
 class Benchmark:
@@ -91,7 +92,7 @@ class Benchmark:
             seconds = execution.step_seconds(
                 lambda state, run=compiled, batch=batch: run(state, batch), state
             )
-            self._row("training step", experiment, seconds, config.batch_size * config.num_seeds, facts)
+            self._row("training step", experiment, seconds, config.batch_size, facts)
 
     def evaluation(self):
         """A batch of the test split scored; without its input where that is streamed."""
@@ -140,9 +141,9 @@ class Benchmark:
         return execution.step_seconds(lambda carry: program(carry, arrays), carry)
 
     def _streamed_seconds(self, inputs):
-        """Of one batch, from the second epoch's side of a full buffer on, for about ten seconds."""
+        """Of one batch, once the first quarter of them has emptied the buffers."""
         times, began, stream = [], time.perf_counter(), inputs.batches(0, 0)
-        while time.perf_counter() - began < 10 or len(times) < 8:
+        while time.perf_counter() - began < _STREAM_SECONDS or len(times) < 8:
             batch = next(stream, None)
             if batch is None:
                 stream = inputs.batches(0, 0)
@@ -228,7 +229,11 @@ class Benchmark:
         with convolutions.by_xla():
             function = program.__wrapped__
             plain = self._parallel.map(functools.wraps(function)(lambda *arguments: function(*arguments)))
-            facts["flops"] = _count(plain.lower(*arguments).cost_analysis(), "flops")
+            flops = _count(plain.lower(*arguments).cost_analysis(), "flops")
+        # XLA counts the body of a loop once: the parts of a batch, and on a CPU the seeds.
+        looped = experiment.config.accumulate
+        looped *= experiment.config.num_seeds if self._parallel.devices[0].platform == "cpu" else 1
+        facts["flops"] = flops and flops * looped
         facts["bytes"] = _count(compiled.cost_analysis(), "bytes accessed")
         memory = compiled.memory_analysis()
         facts["temporary_mb"] = memory.temp_size_in_bytes / 1e6 if memory else None
@@ -244,7 +249,7 @@ class Benchmark:
             "execution": "vmap" if getattr(networks, "vectorize", False) else "loop",
             "precision": config.precision,
             "milliseconds": 1e3 * seconds,
-            "images_per_second": batch_size / seconds if batch_size else None,
+            "images_per_second": batch_size * config.num_seeds / seconds if batch_size else None,
             **facts,
         }
         self.rows.append(row)
@@ -259,7 +264,7 @@ class Benchmark:
             what,
             row["num_seeds"],
             row["num"],
-            config.batch_size if batch_size else "",
+            batch_size or "",
             row["execution"],
             row["precision"],
             f"{row['milliseconds']:.{1 if seconds > 0.1 else 3}f}",

@@ -152,10 +152,10 @@ def by_vmap(self, function, num_seeds):
     return lambda own, *shared: jax.vmap(lambda one: function(one, *shared))(own)
 
 
-def test_vectorized_seeds_give_the_same_numbers(method, tmp_path, monkeypatch):
+def test_vectorized_seeds_give_the_same_numbers(tmp_path, monkeypatch):
     """In the first two steps; rounding grows in those that follow."""
     monkeypatch.setattr(Parallel, "for_seeds", by_vmap)
-    settings = {"method": method, "epochs": 1, "log_every_steps": 2}
+    settings = {"epochs": 1, "log_every_steps": 2}
     train.train(configuration(**settings), tmp_path / "joint")
     for seed in SEEDS:
         train.train(configuration(1, seed, **settings), tmp_path / str(seed))
