@@ -1,5 +1,6 @@
 """How fast a machine trains, and how far that is from what it could do."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -86,12 +87,9 @@ class Benchmark:
         for config in configs:
             experiment = Experiment(config, self._dataset)
             execution.settle(experiment, self._parallel)
-            step, state = execution.training_step(experiment, experiment.method, self._parallel)
-            program, batch = step.args
+            program, state, batch = execution.training_step(experiment, experiment.method, self._parallel)
             compiled, facts = self._compile(program, (state, batch), experiment)
-            seconds = execution.step_seconds(
-                lambda state, run=compiled, batch=batch: run(state, batch), state
-            )
+            seconds = execution.step_seconds(compiled, state, batch)
             self._row("training step", experiment, seconds, config.batch_size, facts)
 
     def evaluation(self):
@@ -100,12 +98,10 @@ class Benchmark:
         sweep = evaluation.Sweep(
             steps.eval_step, self._experiment.method, self._dataset.test, self._config, self._parallel
         )
-        batches = sweep.input.batches()
-        arrays = next(batches)
-        getattr(batches, "close", lambda: None)()
-        arguments = (sweep.zero, (state.params, state.model_state), arrays)
+        with contextlib.closing(sweep.input.batches()) as batches:
+            arguments = (sweep.zero, (state.params, state.model_state), next(batches))
         compiled, facts = self._compile(sweep.program, arguments, self._experiment)
-        seconds = execution.step_seconds(lambda sums: compiled(sums, *arguments[1:]), sweep.zero)
+        seconds = execution.step_seconds(compiled, *arguments)
         self._row("evaluation step", self._experiment, seconds, sweep.input.batch_size, facts)
 
     def input(self):
@@ -126,19 +122,14 @@ class Benchmark:
             inputs.close()
 
     def _resident_seconds(self, inputs):
-        arrays = next(inputs.batches(0, 0))
-
-        def run(total, arrays, step):
-            own, shared = inputs.apart(arrays)
-            batch = inputs.batch(own, shared, step)
+        def run(carry, arrays):
+            total, step = carry
+            batch = inputs.batch(*inputs.apart(arrays), step)
             return total + batch["image"].sum() + batch["label"].sum(), (step + 1) % inputs.steps_per_epoch
 
-        def both(carry, arrays):
-            return run(carry[0], arrays, carry[1])
-
-        program = self._parallel.map(both, donate_argnums=(0,))
+        program = self._parallel.map(run, donate_argnums=(0,))
         carry = self._parallel.replicate((jnp.zeros(()), np.int32(0)))
-        return execution.step_seconds(lambda carry: program(carry, arrays), carry)
+        return execution.step_seconds(program, carry, next(inputs.batches(0, 0)))
 
     def _streamed_seconds(self, inputs):
         """Of one batch, once the first quarter of them has emptied the buffers."""
@@ -161,8 +152,10 @@ class Benchmark:
 
     def loop(self):
         """Real training for about 20 s, input, log and checkpoints included, at the speed that it tells."""
-        known = [row for row in self.rows if row["what"] == "training step"]
-        seconds = known[0]["milliseconds"] / 1e3 if known else self._bare_seconds()
+        experiment = self._experiment
+        seconds = execution.step_seconds(
+            *execution.training_step(experiment, experiment.method, self._parallel)
+        )
         config = type(self._config)(self._experiment.config.to_dict())
         dataset = self._dataset
         most = max(2, int(_LOOP_SECONDS / seconds)) * config.batch_size
@@ -181,10 +174,6 @@ class Benchmark:
         self._row("training loop", self._experiment, config.batch_size / speed, config.batch_size, {})
         more = config.batch_size / speed / seconds - 1
         print(f"(a step of the loop takes {100 * more:+.1f} % more time than a bare one)")
-
-    def _bare_seconds(self):
-        step, state = execution.training_step(self._experiment, self._experiment.method, self._parallel)
-        return execution.step_seconds(step, state)
 
     def start(self, arguments: list[str]):
         """From the start of `ffl_jax.main` to its first step, with an empty cache and with a full one."""

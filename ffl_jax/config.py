@@ -38,6 +38,8 @@ def check(config: ConfigDict):
     for key, bound in at_least.items():
         if values.get(key, bound) < bound:
             raise ConfigError(f"config.{key} must be at least {bound}, got {values[key]}.")
+    if config.seed + config.num_seeds > 2**32:
+        raise ConfigError(f"config.seed must be below 2^32, that of the last run too, got {config.seed}.")
     if values.get("method.temperature") == 0:
         raise ConfigError(f"config.method.temperature must be > 0, got {values['method.temperature']}.")
     if config.num_seeds > 1 and config.checkpoint.keep < 2:

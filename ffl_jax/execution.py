@@ -1,6 +1,5 @@
 """How copies of one network run: one after another, or by `vmap`, whichever this machine does faster."""
 
-import functools
 import hashlib
 import json
 import logging
@@ -51,13 +50,13 @@ def measure(experiment, devices: parallel.Parallel) -> dict[str, float]:
     """{"loop", "vmap": seconds of one training step, without input}."""
     seconds = {}
     for mode, vectorize in _MODES.items():
-        step, state = training_step(experiment, vectorized(experiment.method, vectorize), devices)
-        seconds[mode] = step_seconds(step, state)
+        step, state, batch = training_step(experiment, vectorized(experiment.method, vectorize), devices)
+        seconds[mode] = step_seconds(step, state, batch)
     return seconds
 
 
-def training_step(experiment, method, devices: parallel.Parallel) -> tuple[Callable, steps.TrainState]:
-    """(compiled training step on a batch of noise: state -> state, a state to begin with)."""
+def training_step(experiment, method, devices: parallel.Parallel) -> tuple[Callable, steps.TrainState, dict]:
+    """(training step to be compiled: state, batch -> state; a state to begin with; a batch of noise)."""
     config, views = experiment.config, method.subnetworks.num if method.views else 0
     rng = np.random.default_rng(0)
     size = config.batch_size // devices.num_devices
@@ -90,24 +89,20 @@ def training_step(experiment, method, devices: parallel.Parallel) -> tuple[Calla
         return jnp.full((*seeds, *leaf.shape), 0.01, leaf.dtype)
 
     state = devices.replicate(jax.tree.map(numbers, experiment.abstract_state()))
-    return functools.partial(_call, step, batch), state
+    return step, state, batch
 
 
-def _call(step, batch, state):
-    return step(state, batch)
-
-
-def step_seconds(step: Callable, state, blocks: int = 5, block_seconds: float = 0.3) -> float:
-    """Seconds of `state = step(state)`: the median over blocks of many calls each, after two that compile."""
+def step_seconds(step: Callable, state, *rest, blocks: int = 5, block_seconds: float = 0.3) -> float:
+    """Seconds of `state = step(state, *rest)`: the median over blocks of calls, after two that compile."""
     for _ in range(2):
         start = time.perf_counter()
-        state = jax.block_until_ready(step(state))
+        state = jax.block_until_ready(step(state, *rest))
     calls = max(1, round(block_seconds / (time.perf_counter() - start)))
     times = []
     for _ in range(blocks):
         start = time.perf_counter()
         for _ in range(calls):
-            state = step(state)
+            state = step(state, *rest)
         jax.block_until_ready(state)
         times.append((time.perf_counter() - start) / calls)
     return statistics.median(times)

@@ -181,7 +181,7 @@ def changed(key, value):
 @pytest.mark.parametrize(
     ("key", "values"),
     [
-        ("seed", [-1]),
+        ("seed", [-1, 2**32]),
         ("epochs", [0, -3]),
         ("batch_size", [0, -64]),
         ("log_every_steps", [0]),

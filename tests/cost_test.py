@@ -105,8 +105,7 @@ def test_memory_for_training_is_near_what_xla_takes(name, dataset):
     config = digits.get_config(arg)
     config.update_from_flattened_dict(settings)
     experiment, devices = Experiment(config, dataset), Parallel(num_devices=1)
-    step, state = execution.training_step(experiment, experiment.method, devices)
-    program, batch = step.args
+    program, state, batch = execution.training_step(experiment, experiment.method, devices)
     analysis = program.lower(state, batch).compile().memory_analysis()
     needed = cost.training_memory(experiment, 1)
     gradient = needed["state"] - analysis.alias_size_in_bytes

@@ -119,10 +119,9 @@ def stopped_at(step, monkeypatch):
     monkeypatch.setattr(preemption, "requested", lambda: sum(begun) >= step)
 
 
-def test_stopped_and_killed_seeds_continue_with_the_same_bits(joint, method, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["ffl"], indirect=True, scope="module")
+def test_stopped_and_killed_seeds_continue_with_the_same_bits(joint, tmp_path, monkeypatch):
     """Killed between the saves of two seeds: they go on from the newest step that both have."""
-    if method != "ffl":
-        pytest.skip("one method is enough")
     with monkeypatch.context() as patch:
         stopped_at(6, patch)
         with pytest.raises(Preempted):
