@@ -106,7 +106,12 @@ def get_config(
     config.evaluation = {"batch_size": 500, "every_epochs": 1}
     config.checkpoint = {"every_epochs": 1, "every_steps": 0, "keep": 2}
     config.log_every_steps = 100  # a line of metrics.jsonl at least at the end of each epoch
-    config.parallel = {"mode": "pmap", "num_devices": 0}  # or shard_map; 0: all visible devices
+    config.parallel = {
+        "mode": "pmap",  # or shard_map, which the last two need
+        "num_devices": 0,  # 0: all visible devices
+        "subnetworks": 1,  # devices over which the sub-networks are spread
+        "seeds": 1,  # devices over which the runs are spread
+    }
 
     # What the dataset and the method want otherwise, each stated for a run of its own length.
     standard = {"epochs": config.epochs} | (standard or {})

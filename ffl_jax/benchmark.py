@@ -21,7 +21,7 @@ from ffl_jax import convolutions, data, evaluation, execution, steps, train
 from ffl_jax.data import Dataset, Split
 from ffl_jax.errors import ConfigError
 from ffl_jax.experiment import Experiment, versions
-from ffl_jax.parallel import Parallel
+from ffl_jax.parallel import SHARED, Parallel
 from ffl_jax.progress import FIRST_STEP
 
 _LOOP_SECONDS = 20.0
@@ -86,21 +86,26 @@ class Benchmark:
             self._parallel.check_batch_size(configs[-1].batch_size, configs[-1].accumulate)
         for config in configs:
             experiment = Experiment(config, self._dataset)
-            execution.settle(experiment, self._parallel)
-            program, state, batch = execution.training_step(experiment, experiment.method, self._parallel)
-            compiled, facts = self._compile(program, (state, batch), experiment)
+            devices = Parallel(**config.parallel, num_seeds=config.num_seeds)
+            devices.check_networks(experiment.method.subnetworks)
+            execution.settle(experiment, devices)
+            make = functools.partial(execution.training_step, experiment, experiment.method, devices)
+            _, state, batch = make()
+            compiled, facts = self._compile(lambda make=make: make()[0], (state, batch), experiment)
             seconds = execution.step_seconds(compiled, state, batch)
             self._row("training step", experiment, seconds, config.batch_size, facts)
 
     def evaluation(self):
         """A batch of the test split scored; without its input where that is streamed."""
         state = self._state()
-        sweep = evaluation.Sweep(
-            steps.eval_step, self._experiment.method, self._dataset.test, self._config, self._parallel
+        make = functools.partial(
+            evaluation.Sweep,
+            *(steps.eval_step, self._experiment.method, self._dataset.test, self._config, self._parallel),
         )
+        sweep = make()
         with contextlib.closing(sweep.input.batches()) as batches:
             arguments = (sweep.zero, (state.params, state.model_state), next(batches))
-        compiled, facts = self._compile(sweep.program, arguments, self._experiment)
+        compiled, facts = self._compile(lambda: make().program, arguments, self._experiment)
         seconds = execution.step_seconds(compiled, *arguments)
         self._row("evaluation step", self._experiment, seconds, sweep.input.batch_size, facts)
 
@@ -127,8 +132,8 @@ class Benchmark:
             batch = inputs.batch(*inputs.apart(arrays), step)
             return total + batch["image"].sum() + batch["label"].sum(), (step + 1) % inputs.steps_per_epoch
 
-        program = self._parallel.map(run, donate_argnums=(0,))
-        carry = self._parallel.replicate((jnp.zeros(()), np.int32(0)))
+        program = self._parallel.map(run, (SHARED, inputs.arrays), donate_argnums=(0,))
+        carry = self._parallel.place((jnp.zeros(()), np.int32(0)))
         return execution.step_seconds(program, carry, next(inputs.batches(0, 0)))
 
     def _streamed_seconds(self, inputs):
@@ -210,15 +215,13 @@ class Benchmark:
     def _state(self):
         return execution.training_step(self._experiment, self._experiment.method, self._parallel)[1]
 
-    def _compile(self, program, arguments, experiment):
-        """(compiled program, what is known of it before it runs)."""
-        start = time.perf_counter()
+    def _compile(self, make, arguments, experiment):
+        """(the program that `make` gives, compiled; what is known of it before it runs)."""
+        program, start = make(), time.perf_counter()
         compiled = program.lower(*arguments).compile()
         facts = {"compile_seconds": time.perf_counter() - start}
-        with convolutions.by_xla():
-            function = program.__wrapped__
-            plain = self._parallel.map(functools.wraps(function)(lambda *arguments: function(*arguments)))
-            flops = _count(plain.lower(*arguments).cost_analysis(), "flops")
+        with convolutions.by_xla():  # traced anew
+            flops = _count(make().lower(*arguments).cost_analysis(), "flops")
         # XLA counts the body of a loop once: the parts of a batch, and on a CPU the seeds.
         looped = experiment.config.accumulate
         looped *= experiment.config.num_seeds if self._parallel.devices[0].platform == "cpu" else 1

@@ -23,14 +23,18 @@ from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.experimental.v1._src.saving import execution
 
 from ffl_jax import manifest
 from ffl_jax.errors import CheckpointError, FFLError, ResourceError
 
+# Orbax 0.12.8 has all processes compare the folder that they save to, also where it was told that one saves.
+_ALL_PROCESSES = execution, "_check_directory_consistency"
 _MAX_LISTED = 20
 _ABSENT = object()
 
@@ -92,8 +96,13 @@ class Checkpoints:
         final = self.directory / str(step)
         if not replace and os.path.lexists(final) and manifest.problem(final) is None:
             return
-        items = {"state": state, "run": json.loads(json.dumps(run)), "arrays": _describe(state)}
-        with _resource_errors(self.directory), _orbax():
+        arrays = _describe(state)
+        items = {"state": jax.tree.map(_plain, state), "run": json.loads(json.dumps(run)), "arrays": arrays}
+        with (
+            _resource_errors(self.directory),
+            _orbax(),
+            mock.patch.object(*_ALL_PROCESSES, lambda folder: None),
+        ):
             self._clean()
             response = ocp.save_checkpointables_async(self._incoming / str(step), items)
         self._pending = self._worker.submit(self._publish, step, response)
@@ -229,14 +238,20 @@ def restore(directory: str | os.PathLike, step: int, abstract_state: Any) -> Any
         folder, "arrays"
     )  # Orbax casts dtypes in silence, and knows a typed key by its integers only
     _require_equal(folder, stored, _describe(abstract_state))
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def target(leaf):
-        if isinstance(leaf, np.ndarray):
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        if _is_key(leaf):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        return np.empty(leaf.shape, leaf.dtype)
 
-    state = _load(folder, "state", jax.tree.map(target, abstract_state))
+    def finish(loaded, leaf):
+        if isinstance(leaf, np.ndarray):
+            return loaded
+        array = jax.device_put(loaded, jax.local_devices()[0])
+        return jax.random.wrap_key_data(array, impl=_key_impl(leaf)) if _is_key(leaf) else array
+
+    loaded = _load(folder, "state", jax.tree.map(target, abstract_state))
+    state = jax.tree.map(finish, loaded, abstract_state)
     _require_equal(folder, stored, _describe(state))  # 64-bit numbers shrink without jax_enable_x64
     return state
 
@@ -270,6 +285,22 @@ def _require_equal(folder: Path, stored: dict[str, str], wanted: dict[str, str])
         )
 
 
+def _is_key(leaf) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(leaf):
+    """Of a key that may be there by its shape only, which `key_impl` takes inside a traced function."""
+    found = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
+    return found[0]
+
+
+def _plain(leaf: Any) -> np.ndarray:
+    """As Orbax takes it from one of several processes; a typed key as its integers."""
+    return np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
 def _describe(state: Any) -> dict[str, str]:
     """{path of a leaf: dtype and shape}, such as {"params/head/bias": "float32[10]", "rng": "key<fry>[]"}."""
     described = {}
@@ -300,6 +331,9 @@ def _orbax() -> ocp.Context:
     for name in ("run", "arrays"):  # else Orbax takes a dict of numbers for a pytree of arrays
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
     context = ocp.Context()
+    # Of several processes one writes and reads; Orbax would else wait for the others.
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
     context.checkpointables.registry = registry
     return context
 

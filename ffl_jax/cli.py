@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from ffl_jax import preemption
-from ffl_jax.errors import ConfigError, FFLError, ResourceError
+from ffl_jax.errors import ConfigError, FFLError, Preempted, ResourceError
 from ffl_jax.paths import programs_directory
 from ffl_jax.registry import nearest
 
@@ -58,7 +58,14 @@ def run(command: Callable[[list[str]], None]):
             traceback.print_exc()
         print(f"error: {' '.join(str(refusal).split())}", file=sys.stderr, flush=True)
         code = refusal.exit_code
+        if code != Preempted.exit_code and _is_one_of_several():
+            os._exit(code)  # Else JAX waits for the other processes, which cannot go on.
     sys.exit(code)
+
+
+def _is_one_of_several() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def _use_huge_pages():

@@ -85,7 +85,7 @@ def training_memory(
 
     Args:
       experiment: of one seed.
-      num_devices: that share the batch.
+      num_devices: that share the batch. Sub-networks that lie on different devices count on each.
       num_seeds: that are trained side by side, `seeds_at_once` of them at the same moment.
 
     Returns:

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ffl_jax import checkpoint, data, metrics, preemption, steps
+from ffl_jax import checkpoint, data, metrics, preemption, processes, steps
 from ffl_jax import config as config_lib
 from ffl_jax import parallel as parallel_lib
 from ffl_jax.errors import ConfigError
@@ -20,7 +20,7 @@ class Sweep:
     Attributes:
       input: of `data.eval_input`.
       program: (sums, (params, model state), arrays of a batch) -> sums.
-      zero: the sums of nothing, replicated.
+      zero: the sums of nothing, on the devices.
     """
 
     def __init__(self, step: Callable, method, split, config, parallel: parallel_lib.Parallel):
@@ -33,7 +33,7 @@ class Sweep:
             new = step({"params": params, **model_state}, inputs.batch(arrays))
             return jax.tree.map(jnp.add, sums, new)
 
-        each = parallel.for_seeds(add_one, config.num_seeds)
+        each = parallel.for_seeds(add_one)
 
         def add(sums, variables, arrays):
             return each((sums, variables), arrays)
@@ -42,14 +42,15 @@ class Sweep:
         zero = _zeros(step, method, split.image_shape)
         if config.num_seeds > 1:
             zero = jax.tree.map(lambda x: jnp.stack([x] * config.num_seeds), zero)
-        self.zero = parallel.replicate(zero)
-        self.program = parallel.map(add, sharded_argnums=(2,) if inputs.sharded else ())
+        own = parallel_lib.OWN
+        self.zero = parallel.place(zero, own)
+        self.program = parallel.map(add, (own, own, inputs.arrays))
 
     def __call__(self, state: steps.TrainState):
-        """The sums of a replicated state, replicated; None if a signal came. The state stays as it is."""
+        """The sums of a state on the devices, there too; None if a signal came. The state stays as it is."""
         sums = self.zero
         for arrays in self.input.batches():
-            if preemption.requested():
+            if preemption.requested() and not processes.several():  # else all of them go on together
                 return None
             finished, sums = sums, self.program(sums, (state.params, state.model_state), arrays)
             jax.block_until_ready(finished)  # one batch ahead, so that a signal need not wait for more
@@ -65,7 +66,7 @@ class Evaluator:
         self._parallel, self._num_seeds = parallel, config.num_seeds
 
     def __call__(self, state: steps.TrainState) -> list[dict[str, dict[str, float]]] | None:
-        """{prediction: scores} of a replicated state, for each seed; None if a signal came.
+        """{prediction: scores} of a state on the devices, for each seed; None if a signal came.
 
         The state stays as it is.
         """
@@ -130,4 +131,4 @@ def evaluate_checkpoint(
     state = checkpoint.restore(directory, step, experiment.abstract_state())
     parallel = parallel_lib.Parallel(config.parallel.mode)
     evaluator = Evaluator(experiment.method, part, experiment.config, parallel)
-    return step, evaluator(parallel.replicate(state))[0]
+    return step, evaluator(parallel.place(state, parallel_lib.OWN))[0]

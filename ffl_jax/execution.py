@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffl_jax import config as config_lib
-from ffl_jax import outputs, parallel, steps
+from ffl_jax import outputs, parallel, processes, steps
 from ffl_jax.paths import cache_directory
 
 _MODES = {"loop": False, "vmap": True}
@@ -31,7 +31,12 @@ def settle(experiment, devices: parallel.Parallel):
         return
     if devices.devices[0].platform == "cpu":
         return
-    seconds = _remembered(_key(experiment, devices), lambda: measure(experiment, devices))
+    path, key = cache_directory() / "execution.json", _key(experiment, devices)
+    seconds = processes.value_of_first(lambda: _remembered(path, key))
+    if seconds is None:
+        # All processes measure, for they train together, and take what the first of them found.
+        found = measure(experiment, devices)
+        seconds = processes.value_of_first(lambda: _remember(path, key, found))
     best = min(seconds, key=seconds.get)
     other = "vmap" if best == "loop" else "loop"
     logging.info(
@@ -59,14 +64,15 @@ def training_step(experiment, method, devices: parallel.Parallel) -> tuple[Calla
     """(training step to be compiled: state, batch -> state; a state to begin with; a batch of noise)."""
     config, views = experiment.config, method.subnetworks.num if method.views else 0
     rng = np.random.default_rng(0)
-    size = config.batch_size // devices.num_devices
+    size = config.batch_size // devices.shares
     seeds = (config.num_seeds,) if config.num_seeds > 1 else ()
     shape = (*seeds, *([views] if views else []), size, *experiment.image_shape)
-    batch = devices.replicate(
+    batch = devices.place(
         {
             "image": rng.normal(size=shape).astype(np.float32),
             "label": np.zeros((*seeds, size), np.int32),
-        }
+        },
+        parallel.OWN,
     )
 
     def one(state_and_batch):
@@ -79,8 +85,10 @@ def training_step(experiment, method, devices: parallel.Parallel) -> tuple[Calla
             accumulate=config.accumulate,
         )
 
-    each = devices.for_seeds(one, config.num_seeds)
-    step = devices.map(lambda state, batch: each((state, batch)), donate_argnums=(0,))
+    each = devices.for_seeds(one)
+    step = devices.map(
+        lambda state, batch: each((state, batch)), (parallel.OWN, parallel.OWN), 0, donate_argnums=(0,)
+    )
 
     def numbers(leaf):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -88,7 +96,7 @@ def training_step(experiment, method, devices: parallel.Parallel) -> tuple[Calla
             return jnp.stack([key] * config.num_seeds) if seeds else key
         return jnp.full((*seeds, *leaf.shape), 0.01, leaf.dtype)
 
-    state = devices.replicate(jax.tree.map(numbers, experiment.abstract_state()))
+    state = devices.place(jax.tree.map(numbers, experiment.abstract_state()), parallel.OWN)
     return step, state, batch
 
 
@@ -120,13 +128,14 @@ def _key(experiment, devices) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _remembered(key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
-    path = cache_directory() / "execution.json"
-    known = outputs.read_json(path)
+def _remembered(path, key: str) -> dict[str, float] | None:
     try:
-        return {mode: float(known[key][mode]) for mode in _MODES}
+        return {mode: float(outputs.read_json(path)[key][mode]) for mode in _MODES}
     except (KeyError, TypeError, ValueError):  # not there, or not ours
-        found = make()
+        return None
+
+
+def _remember(path, key: str, found: dict[str, float]) -> dict[str, float]:
     try:
         os.makedirs(path.parent, exist_ok=True)
         outputs.write_json(path, {**outputs.read_json(path), key: found})

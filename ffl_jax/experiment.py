@@ -13,7 +13,7 @@ from ffl_jax import config as config_lib
 from ffl_jax.data import Dataset, resident
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 
-RUN_FORMAT = 2
+RUN_FORMAT = 3
 
 
 class Experiment:
@@ -61,6 +61,13 @@ class Experiment:
         self._init = functools.partial(
             steps.create_state, self.method, self.optimizers, key, image_shape=self.image_shape
         )
+
+    def identity(self) -> dict:
+        """What must be the same wherever this is trained; where the data lies need not be."""
+        config = config_lib.to_json(self.config)
+        for key in ("data_dir", "manual_dir", "cache_dir", "workers"):
+            del config["data"][key]
+        return {"config": config, "fingerprint": self.dataset.fingerprint}
 
     def initial_state(self) -> steps.TrainState:
         """The state before the first step, on one device."""

@@ -1,5 +1,6 @@
 """Trains and evaluates one configuration: `python -m ffl_jax.main --config=configs/DATA.py --workdir=DIR`."""
 
+import logging
 import statistics
 
 from absl import flags
@@ -19,16 +20,29 @@ embedded digits data.
 def command(argv: list[str]):
     values = cli.new_flags()
     flags.DEFINE_string("workdir", None, "Where the run is written; runs/... by default.", flag_values=values)
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "This is one of several processes that train together, all started with the same arguments; one "
+        "alone writes the workdir. Clusters that JAX knows say who they are, otherwise the variables "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.",
+        flag_values=values,
+    )
     cli.parse(values, argv, USAGE, config=True)
 
-    from ffl_jax import train
+    from ffl_jax import processes, train
 
+    if values.distributed:
+        processes.join()
+    if not processes.is_first():
+        logging.getLogger().setLevel(logging.WARNING)
     workdir = values.workdir or cli.default_workdir(values.config)
     summary = train.train(values.config, workdir)
     scores = ", ".join(
         f"{name} {_percent(one['top1'])}" for name, one in summary["predictors"].items() if "top1" in one
     )
-    print(f"{summary['status']}: test top-1: {scores}\nwritten to {workdir}")
+    if processes.is_first():
+        print(f"{summary['status']}: test top-1: {scores}\nwritten to {workdir}")
 
 
 def _percent(top1: float | list[float]) -> str:

@@ -1,8 +1,13 @@
-"""Data parallelism: the only file that names devices, meshes, mapped axes, `pmap` and `shard_map`.
+"""Devices and processes: the only file that names them, meshes, mapped axes, `pmap` and `shard_map`.
 
-Every program is written for one device. `Parallel.map` runs it on all of them: its arguments and results
-are replicated, and inside it `share` picks this device's part of a batch, `mean` and `sum` join what the
-devices computed. Outside a mapped program these three do nothing, so that the same code runs alone.
+Every program is written for one device. `Parallel.map` runs it on all of them: inside it `share` picks this
+device's part of a batch, `mean` and `sum` join what the shares of the batch gave, and `to_subnetworks`,
+`own_subnetworks` and `from_subnetworks` stand around sub-networks that lie on different devices. Outside a
+mapped program these do nothing, so that the same code runs alone.
+
+The devices form a mesh: data x seed x sub-network. Along "data" each has a share of every batch, along "seed"
+some of the runs of a program, along "subnetwork" some of the stacked sub-networks of every run. `pmap` knows
+the first axis alone.
 """
 
 import functools
@@ -15,151 +20,274 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ffl_jax.errors import ConfigError
 
-_AXIS = "data"
+_DATA, _SEED, _SUBNETWORK = "data", "seed", "subnetwork"
+_STACKED = "branches"  # the name that `subnetworks.Stacked` gives to variables with a leading axis K
 MODES = ("pmap", "shard_map")
+# What the arrays of an argument or a result are.
+OWN = "own"  # of each run: with a leading axis of seeds where they are several
+SHARED = "shared"  # the same on all devices
+BATCH = "batch"  # split along the first axis over the shares of a batch
+
+
+def _size(axis: str) -> int:
+    try:
+        return lax.axis_size(axis)
+    except NameError:  # not mapped
+        return 1
 
 
 def axis_name() -> str | None:
-    """The mapped axis over devices where the caller is traced inside one, else None."""
+    """The mapped axis over the shares of a batch where the caller is traced inside one, else None."""
     try:
-        lax.axis_index(_AXIS)
+        lax.axis_index(_DATA)
     except NameError:
         return None
-    return _AXIS
+    return _DATA
 
 
 def mean(tree):
-    """Mean of every leaf over the devices."""
-    return lax.pmean(tree, _AXIS) if axis_name() else tree
+    """Mean of every leaf over the shares of a batch."""
+    return lax.pmean(tree, _DATA) if axis_name() else tree
 
 
 def sum(tree):
-    """Sum of every leaf over the devices."""
-    return lax.psum(tree, _AXIS) if axis_name() else tree
+    """Sum of every leaf over the shares of a batch."""
+    return lax.psum(tree, _DATA) if axis_name() else tree
 
 
 def first(tree):
-    """The first device's copy of every leaf, bit for bit, where a mean of equal copies would be rounded."""
+    """The first share's copy of every leaf, bit for bit, where a mean of equal copies would be rounded."""
     if not axis_name():
         return tree
-    here = lax.axis_index(_AXIS) == 0
-    return lax.psum(jax.tree.map(lambda x: jnp.where(here, x, jnp.zeros_like(x)), tree), _AXIS)
+    here = lax.axis_index(_DATA) == 0
+    return lax.psum(jax.tree.map(lambda x: jnp.where(here, x, jnp.zeros_like(x)), tree), _DATA)
 
 
 def share(batch: jax.Array) -> jax.Array:
-    """This device's contiguous part of a replicated batch [B, ...] -> [B / devices, ...]."""
+    """This device's contiguous part of a replicated batch [B, ...] -> [B / shares, ...]."""
     if not axis_name():
         return batch
-    size = batch.shape[0] // lax.axis_size(_AXIS)
-    return lax.dynamic_slice_in_dim(batch, lax.axis_index(_AXIS) * size, size)
+    size = batch.shape[0] // lax.axis_size(_DATA)
+    return lax.dynamic_slice_in_dim(batch, lax.axis_index(_DATA) * size, size)
+
+
+def spread(num: int) -> bool:
+    """Whether `num` stacked sub-networks lie on different devices here."""
+    return _size(_SUBNETWORK) > 1 and num % _size(_SUBNETWORK) == 0
+
+
+def own_subnetworks(x: jax.Array) -> jax.Array:
+    """Of [K, ...], the part of the sub-networks that are on this device."""
+    size = x.shape[0] // _size(_SUBNETWORK)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(_SUBNETWORK) * size, size)
+
+
+@jax.custom_vjp
+def to_subnetworks(tree):
+    """Gives to the sub-networks on every device what all devices have; the gradient is summed over them."""
+    return tree
+
+
+# Every device computes the whole loss from what `from_subnetworks` gives. So the cotangent that comes back to
+# it is whole already, and each device takes its part; the transpose that JAX would take sums equal copies.
+@jax.custom_vjp
+def from_subnetworks(tree):
+    """[sub-networks here, ...] -> [K, ...], on all devices."""
+    return jax.tree.map(lambda x: lax.all_gather(x, _SUBNETWORK, tiled=True), tree)
+
+
+to_subnetworks.defvjp(lambda tree: (tree, None), lambda _, cotangent: (lax.psum(cotangent, _SUBNETWORK),))
+from_subnetworks.defvjp(
+    lambda tree: (from_subnetworks(tree), None),
+    lambda _, cotangent: (jax.tree.map(own_subnetworks, cotangent),),
+)
 
 
 class Parallel:
     """Runs one-device programs on several devices, with equal results in both modes.
 
     Attributes:
-      mode: "pmap", or "shard_map" over a one-axis mesh.
-      num_devices: how many of the visible devices are used.
+      mode: "pmap", or "shard_map" over a mesh.
+      num_devices: how many devices are used, those of other processes included.
+      devices: those of them that this process has.
+      shares: how many parts a batch is split into.
+      num_seeds: how many runs a program holds.
+      seeds: over how many devices they are spread.
     """
 
-    def __init__(self, mode: str = "pmap", num_devices: int = 0):
-        """Args: mode: one of `MODES`. num_devices: 0 uses every visible device."""
+    def __init__(
+        self,
+        mode: str = "pmap",
+        num_devices: int = 0,
+        subnetworks: int = 1,
+        seeds: int = 1,
+        num_seeds: int = 1,
+    ):
+        """Raises ConfigError where the devices do not divide so.
+
+        Args:
+          mode: one of `MODES`.
+          num_devices: 0 uses every visible device.
+          subnetworks, seeds: over how many devices the sub-networks of a run, and the runs, are spread.
+          num_seeds: how many runs a program holds.
+        """
         if mode not in MODES:
             raise ConfigError(f"parallel.mode must be one of {', '.join(MODES)}, got {mode!r}.")
-        available = jax.local_device_count()
-        if not 0 <= num_devices <= available:
+        available, processes = jax.device_count(), jax.process_count()
+        if not 0 <= num_devices <= available or (processes > 1 and num_devices not in (0, available)):
+            wanted = f"1..{available}, or to 0 for all" if processes == 1 else "0: several processes use all"
             raise ConfigError(
                 f"parallel.num_devices={num_devices}, but {available} device(s) are visible: set it to "
-                f"1..{available}, or to 0 for all."
+                f"{wanted}."
             )
-        self.mode = mode
+        self.mode, self.num_seeds = mode, num_seeds
         self.num_devices = num_devices or available
-        self.devices = jax.local_devices()[: self.num_devices]
+        if mode == "pmap" and max(subnetworks, seeds) > 1:
+            raise ConfigError(
+                f"parallel.subnetworks={subnetworks} and parallel.seeds={seeds} need a mesh: set "
+                "config.parallel.mode=shard_map, or both to 1."
+            )
+        # Only so does each process have whole runs, and whole shares of a batch.
+        here, columns = self.num_devices // processes, subnetworks * seeds
+        if min(subnetworks, seeds) < 1 or here % columns:
+            raise ConfigError(
+                f"parallel.subnetworks={subnetworks} times parallel.seeds={seeds} does not divide the {here} "
+                "device(s) of a process: choose others, from 1 on."
+            )
+        if num_seeds % seeds:
+            raise ConfigError(
+                f"parallel.seeds={seeds} does not divide num_seeds={num_seeds}: choose another."
+            )
+        self.shares = self.num_devices // columns
+        self.seeds, self._subnetworks = seeds, subnetworks
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)[: self.num_devices]
+        self._all_devices = devices
+        self.devices = [device for device in devices if device.process_index == jax.process_index()]
         # Not `jax.make_mesh`: its axes are of another type than those of pmap's results, and a program
         # that is called with both is compiled twice.
-        mesh = Mesh(np.array(self.devices), (_AXIS,))
-        self._mesh = mesh
-        self._sharding = NamedSharding(mesh, PartitionSpec(_AXIS) if mode == "pmap" else PartitionSpec())
+        axes = (_DATA,) if mode == "pmap" else (_DATA, _SEED, _SUBNETWORK)
+        shape = (-1,) if mode == "pmap" else (-1, seeds, subnetworks)
+        self._mesh, self._local_mesh = (
+            Mesh(np.array(some).reshape(shape), axes) for some in (devices, self.devices)
+        )
 
     def check_batch_size(self, batch_size: int, accumulate: int = 1):
         """Raises ConfigError, naming the nearest good sizes, unless the global batch divides.
 
         Args:
           batch_size: of all devices together.
-          accumulate: parts that each device takes its share in.
+          accumulate: parts that each share is taken in.
         """
-        unit = self.num_devices * accumulate
+        unit = self.shares * accumulate
         remainder = batch_size % unit
         if batch_size < 1 or remainder:
             below, above = batch_size - remainder, batch_size - remainder + unit
             sizes = f"{below} or {above}" if below > 0 else f"{max(above, unit)}"
             parts = f" in {accumulate} parts each" if accumulate > 1 else ""
+            over = "device(s)" if self.shares == self.num_devices else "share(s)"
             raise ConfigError(
-                f"batch_size={batch_size} does not divide over {self.num_devices} device(s){parts}: "
+                f"batch_size={batch_size} does not divide over {self.shares} {over}{parts}: "
                 f"set config.batch_size to {sizes}."
             )
 
-    def replicate(self, tree):
-        """Copies a tree of host or one-device arrays to every device; donating the copies leaves it whole."""
+    def check_networks(self, networks):
+        """Raises ConfigError unless the sub-networks of a method can be spread as `subnetworks` says."""
+        if self._subnetworks > 1 and (not hasattr(networks, "network") or networks.num % self._subnetworks):
+            raise ConfigError(
+                f"parallel.subnetworks={self._subnetworks} spreads copies of one network evenly: their "
+                f"number, now {networks.num}, must be a multiple of it, and the networks the same."
+            )
 
-        def put(x):
-            x = jnp.array(x, copy=True)  # device_put alone shares the memory where it can
-            if self.mode == "pmap":  # pmap wants the copies along a leading axis
-                x = jnp.broadcast_to(x[None], (self.num_devices, *x.shape))
-            return jax.device_put(x, self._sharding)
+    def place(self, tree, kind: str = SHARED):
+        """Puts host or one-device arrays on the devices, for an argument of that kind; donating them is safe.
 
-        return jax.tree.map(put, tree)
+        Of a `BATCH`, each process gives its own contiguous part, a multiple of its shares; of all else every
+        process gives the same.
+        """
+        return jax.tree.map(functools.partial(self._put, kind), tree, self._specs(tree, kind))
 
     def fetch(self, tree):
-        """The first device's copy of a replicated tree, in buffers of its own that survive a donation."""
+        """What `place` was given, or a program gave, as arrays of their own on one device of this process."""
         if self.mode == "pmap":
             return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
-        return jax.tree.map(lambda x: jnp.copy(x.addressable_shards[0].data), tree)
 
-    def shard(self, tree):
-        """Splits host arrays along their first axis over the devices, for an argument that `map` calls so.
+        def get(x):
+            sharding = NamedSharding(self._local_mesh, x.sharding.spec)
+            shards = [shard.data for shard in x.addressable_shards]
+            here = jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
+            return jnp.copy(jax.device_put(here, self.devices[0]))
 
-        The axis must be a multiple of the number of devices.
-        """
+        return jax.tree.map(get, tree)
 
-        def put(x):
-            if self.mode == "pmap":
-                x = x.reshape(self.num_devices, -1, *x.shape[1:])
-            return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(_AXIS)))
-
-        return jax.tree.map(put, tree)
-
-    def for_seeds(self, function, num_seeds: int):
+    def for_seeds(self, function):
         """`function(own, *shared)` of one seed, for trees `own` and results with a leading axis of seeds.
 
         A CPU takes one seed after another, since a convolution that is vmapped over kernels is slow there.
         One seed has no such axis.
         """
-        if num_seeds == 1:
+        if self.num_seeds == 1:
             return function
         over = lax.map if self.devices[0].platform == "cpu" else lambda one, own: jax.vmap(one)(own)
         return lambda own, *shared: over(lambda one: function(one, *shared), own)
 
-    def map(self, function, donate_argnums=(), sharded_argnums=()):
-        """Compiles `function` for all devices; replicated trees in, replicated trees out.
+    def map(self, function, arguments: tuple, results=OWN, donate_argnums=()):
+        """Compiles `function` for all devices.
 
-        The results must be equal on every device: join them with `mean` or `sum`. Arguments named by
-        `donate_argnums` give their memory to the results and cannot be used again; of those named by
-        `sharded_argnums` each device sees its own part, see `shard`.
+        The results must be equal along the data axis: join them with `mean` or `sum`. Arguments named by
+        `donate_argnums` give their memory to the results and cannot be used again.
+
+        Args:
+          function: of one device.
+          arguments: for each argument what it is, a kind or a tree of kinds.
+          results: likewise; a number stands for the form of that argument, and is needed where stacked
+            sub-networks are among the results.
+          donate_argnums: see above.
         """
         if self.mode == "pmap":
-            return jax.pmap(function, _AXIS, devices=self.devices, donate_argnums=donate_argnums)
-        # Checking is off because it would sum the gradients of replicated parameters by itself, and so
-        # give another meaning to `mean` than under pmap.
+            return jax.pmap(function, _DATA, devices=self._all_devices, donate_argnums=donate_argnums)
 
-        def run(*arguments):
-            specs = tuple(
-                PartitionSpec(_AXIS) if index in sharded_argnums else PartitionSpec()
-                for index in range(len(arguments))
+        def run(*given):
+            specs = jax.tree.map(lambda kind, tree: self._specs(tree, kind), arguments, given)
+            out_specs = jax.tree.map(
+                lambda kind: specs[kind] if isinstance(kind, int) else self._specs(None, kind), results
             )
+            # Checking is off because it would sum the gradients of replicated parameters by itself, and so
+            # give another meaning to `mean` than under pmap.
             mapped = jax.shard_map(
-                function, mesh=self._mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+                function, mesh=self._mesh, in_specs=specs, out_specs=out_specs, check_vma=False
             )
-            return mapped(*arguments)
+            return mapped(*given)
 
         return functools.wraps(function)(jax.jit(run, donate_argnums=donate_argnums))
+
+    def _specs(self, tree, kind):
+        """How each leaf of a tree lies on the mesh; without a tree, how one without sub-networks does."""
+        if kind != OWN or self.mode == "pmap":
+            spec = PartitionSpec(_DATA) if kind == BATCH or self.mode == "pmap" else PartitionSpec()
+            return spec if tree is None else jax.tree.map(lambda _: spec, tree)
+        leading = (_SEED,) if self.num_seeds > 1 else ()
+
+        def spec(path, leaf):
+            stacked = any(getattr(key, "key", None) == _STACKED for key in path)
+            if stacked and leaf.shape[len(leading)] % self._subnetworks == 0:
+                return PartitionSpec(*leading, _SUBNETWORK)
+            return PartitionSpec(*leading)
+
+        return PartitionSpec(*leading) if tree is None else jax.tree_util.tree_map_with_path(spec, tree)
+
+    def _put(self, kind, x, spec):
+        pmap = self.mode == "pmap"  # each process has its own arrays then
+        sharding = NamedSharding(self._local_mesh if pmap else self._mesh, spec)
+        if kind == BATCH:
+            x = x.reshape(len(self.devices), -1, *x.shape[1:]) if pmap else x
+            return jax.make_array_from_process_local_data(sharding, x)
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = self._put(kind, jax.random.key_data(x), spec)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        x = jnp.array(x, copy=True)  # device_put alone shares the memory where it can
+        if pmap:  # which wants the copies along a leading axis
+            x = jnp.broadcast_to(x[None], (len(self.devices), *x.shape))
+        if pmap or jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index]))

@@ -10,6 +10,8 @@ import jax
 import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ffl_jax import processes
+
 FIRST_STEP = "The first step was done"  # how a line of the log begins
 _LINE_SECONDS = 15.0
 _DISPATCH_SECONDS = 0.5
@@ -35,7 +37,8 @@ class Progress:
     def __init__(self, total_steps: int, step: int, batch_size: int, steps_per_epoch: int):
         self.step = step
         self._batch_size, self._steps_per_epoch, self._total = batch_size, steps_per_epoch, total_steps
-        self._terminal = sys.stderr.isatty()
+        self._silent = not processes.is_first()
+        self._terminal = sys.stderr.isatty() and not self._silent
         self._bar = tqdm.tqdm(
             total=total_steps, initial=step, unit="step", disable=not self._terminal, dynamic_ncols=True
         )
@@ -68,7 +71,7 @@ class Progress:
         self._bar.set_postfix_str(
             f"loss {loss:.3f}, accuracy {100 * accuracy:.1f}%" + (f", {speed:.0f} images/s" if speed else "")
         )
-        if not self._terminal and now - self._line_time > _LINE_SECONDS and speed:
+        if not (self._terminal or self._silent) and now - self._line_time > _LINE_SECONDS and speed:
             self._line_time = now
             left = tqdm.tqdm.format_interval((self._total - step) * self._batch_size / speed)
             print(

@@ -1,13 +1,14 @@
 """One run: the training of one seed in one folder, and all that it reads from there and writes to it."""
 
 import contextlib
+import functools
 import logging
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from ffl_jax import checkpoint, cost, metrics, outputs, teachers
+from ffl_jax import checkpoint, cost, metrics, outputs, processes, teachers
 from ffl_jax import config as config_lib
 from ffl_jax.errors import NonFiniteError
 from ffl_jax.experiment import Experiment, check_same, run_record, versions
@@ -38,6 +39,7 @@ class Run:
         self.scores = {}
         self.diverged = False
         self._metrics_bytes = 0
+        self._writes = processes.is_first()
         self._log, self._newest, self._best = None, None, None
 
     # -- from the disk -------------------------------------------------------------------------------------
@@ -58,12 +60,20 @@ class Run:
         experiment = self.experiment
         if step is None:
             runs = teachers.prepare(experiment.config, self.workdir, train)
-            return teachers.install(experiment.initial_state(), runs, experiment)
-        run = checkpoint.load_run(self.directory, step)
-        check_same(run, experiment, self.directory / str(step))
+            state = experiment.initial_state()
+            return processes.from_first(teachers.install(state, runs, experiment) if self._writes else state)
+        run = processes.value_of_first(functools.partial(self._load_run, step))
         self.best, self.evaluated_step, self.scores = run["best"], run["evaluated_step"], run["scores"]
         self._metrics_bytes = run["metrics_bytes"]
-        return checkpoint.restore(self.directory, step, experiment.abstract_state())
+        if not self._writes:
+            return processes.from_first(experiment.initial_state())
+        state = checkpoint.restore(self.directory, step, experiment.abstract_state())
+        return processes.from_first(state)
+
+    def _load_run(self, step: int) -> dict:
+        run = checkpoint.load_run(self.directory, step)
+        check_same(run, self.experiment, self.directory / str(step))
+        return run
 
     def stored_summary(self, step: int) -> dict:
         """The summary of a run that is complete; written again where a kill came before it."""
@@ -78,6 +88,9 @@ class Run:
     def writing(self, step: int):
         """Inside, lines and checkpoints after `step` can be written; at the end the last are on the disk."""
         config = self.experiment.config
+        if not self._writes:
+            yield
+            return
         self.workdir.mkdir(parents=True, exist_ok=True)
         outputs.write_json(self.workdir / "config.json", config_lib.to_json(config))
         with contextlib.ExitStack() as stack:
@@ -93,7 +106,6 @@ class Run:
         self._save(self._newest, step, state, replace)
 
     def _save(self, checkpoints, step, state, replace=False):
-        self._log.sync()
         self._check_finite(jax.device_get(state.record), step)
         broken = [
             jax.tree_util.keystr(path, simple=True, separator="/")
@@ -102,6 +114,9 @@ class Run:
         ]
         if broken:
             raise self._not_finite(step, broken)
+        if not self._writes:
+            return
+        self._log.sync()
         run = run_record(
             self.experiment, self._num_devices, self._log.size, self.best, self.evaluated_step, self.scores
         )
@@ -117,9 +132,10 @@ class Run:
         self._check_finite(record, step)
         terms = {name: float(total) / int(record["steps"]) for name, total in record["terms"].items()}
         scores = {name: metrics.classification_scores(sums) for name, sums in record["predictions"].items()}
-        self._log.write(step, step / self.experiment.steps_per_epoch, "train", terms | _by_name(scores))
-        if images_per_second:
-            self._log.write_speed(step, images_per_second)
+        if self._writes:
+            self._log.write(step, step / self.experiment.steps_per_epoch, "train", terms | _by_name(scores))
+            if images_per_second:
+                self._log.write_speed(step, images_per_second)
         return sum(terms[name] for name in method.trains), scores[method.headline]["top1"]
 
     def write_scores(self, scores: dict[str, dict], step: int, state):
@@ -134,13 +150,16 @@ class Run:
         config = self.experiment.config
         self.scores, self.evaluated_step = scores, step
         for split, one in scores.items():
-            self._log.write(step, epoch, split, _by_name(one))
+            if self._writes:
+                self._log.write(step, epoch, split, _by_name(one))
         if "validation" in scores:
             top1 = scores["validation"][self.experiment.method.headline]["top1"]
             if self.best is None or top1 > self.best["validation_top1"]:
                 test = scores["test"]
                 self.best = {"step": step, "epoch": epoch, "validation_top1": top1, "predictors": test}
                 self._save(self._best, step, state())
+        if not self._writes:
+            return
         title = f"{config.method.name} · {config.subnetworks.network} · {config.data.name}"
         outputs.draw_curves(self.workdir, title)
 
@@ -167,7 +186,8 @@ class Run:
             "device": self._devices,
             "versions": versions(),
         }
-        outputs.write_json(self.workdir / "summary.json", summary)
+        if self._writes:
+            outputs.write_json(self.workdir / "summary.json", summary)
         return summary
 
     def _check_finite(self, record, step: int):

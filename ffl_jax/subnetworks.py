@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ffl_jax import parallel
 from ffl_jax.errors import ConfigError
 from ffl_jax.models import NETWORKS, Network, NetworkOutputs
 
@@ -74,18 +75,24 @@ class Stacked(nn.Module):
 
         if self.remat:
             run = jax.checkpoint(run)
+        spread = parallel.spread(self.num)  # then the variables are those of the sub-networks here
+        if spread:
+            x = parallel.to_subnetworks(x)
+            x = parallel.own_subnetworks(x) if views else x
+        here = jax.tree.leaves(params)[0].shape[0]
         if self.vectorize:
             axes = (0, 0, 0 if views else None)
             outputs, new_statistics = jax.vmap(run, in_axes=axes)(params, statistics.value, x)
-            outputs = [_pick(outputs, k) for k in range(self.num)]
         else:
-            results = [
-                run(*_pick((params, statistics.value), k), x[k] if views else x) for k in range(self.num)
-            ]
-            outputs = [output for output, _ in results]
-            new_statistics = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[new for _, new in results])
+            results = [run(*_pick((params, statistics.value), k), x[k] if views else x) for k in range(here)]
+            outputs, new_statistics = zip(*results, strict=True)
+            new_statistics = _stack(new_statistics)
         if train:
             statistics.value = new_statistics
+        if spread:
+            outputs = parallel.from_subnetworks(outputs if self.vectorize else _stack(outputs))
+        if self.vectorize or spread:
+            outputs = [_pick(outputs, k) for k in range(self.num)]
         if trunk_map is None:
             return tuple(outputs)
         maps = trunk_map if views else [trunk_map] * self.num
@@ -141,6 +148,10 @@ def _run(network, x, train, remat):
 
 def _pick(tree, k):
     return jax.tree.map(lambda leaf: leaf[k], tree)
+
+
+def _stack(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def network_names(network: str, num: int, section: str = "subnetworks") -> list[str]:

@@ -81,6 +81,7 @@ def teacher_config(config: ConfigDict, index: int) -> ConfigDict:
     teacher.subnetworks.network = config_lib.teacher_names(config)[index]
     teacher.subnetworks.num = 1
     teacher.subnetworks.shared_stages = 0
+    teacher.parallel.subnetworks = 1
     if config.teachers.epochs not in (0, config.epochs):
         teacher.epochs = config.teachers.epochs
         teacher.optimizer = config_lib.stretch(config.optimizer.to_dict(), teacher.epochs, config.epochs)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ffl_jax import checkpoint, cost, data, execution, outputs, preemption, steps
+from ffl_jax import checkpoint, cost, data, execution, outputs, preemption, processes, steps
 from ffl_jax import config as config_lib
 from ffl_jax import parallel as parallel_lib
 from ffl_jax.errors import CheckpointError, NonFiniteError, ResourceError
@@ -35,10 +35,10 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None 
         is saved.
     """
     config_lib.check(config)
-    parallel = parallel_lib.Parallel(**config.parallel)
+    parallel = parallel_lib.Parallel(**config.parallel, num_seeds=config.num_seeds)
     parallel.check_batch_size(config.batch_size, config.accumulate)
     workdir = Path(workdir).absolute()
-    with checkpoint.lock(workdir):
+    with checkpoint.lock(workdir) if processes.is_first() else contextlib.nullcontext():
         return _Training(config, workdir, parallel, dataset or data.load(config.data)).train()
 
 
@@ -62,10 +62,12 @@ class _Training:
             self.runs.append(Run(Experiment(own, dataset), folder, devices, parallel.num_devices))
         self.experiment = self.runs[0].experiment
         self.total_steps = self.runs[0].total_steps
+        parallel.check_networks(self.experiment.method.subnetworks)
+        processes.check_same(self.experiment.identity())
         execution.settle(self.experiment, parallel)
 
     def train(self) -> dict:
-        step = self.newest_step()
+        step = processes.value_of_first(self.newest_step)
         states = [run.restore(step, train) for run in self.runs]
         if step is not None:
             logging.info("Continuing from step %d of %d.", step, self.total_steps)
@@ -73,7 +75,8 @@ class _Training:
         if step >= self.total_steps and all(run.evaluated_step == step for run in self.runs):
             logging.info("%s is complete: %d epochs. Nothing to do.", self.workdir, self.config.epochs)
             return joint_summary([run.stored_summary(step) for run in self.runs])
-        self.check_space()
+        if processes.is_first():
+            self.check_space()
         self.tell_memory()
         progress = Progress(
             self.total_steps,
@@ -87,12 +90,13 @@ class _Training:
                 for run in self.runs:
                     stack.enter_context(run.writing(step))
                 state = states[0] if len(states) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *states)
-                step = self.loop(self.parallel.replicate(state), step, progress, stack)
+                step = self.loop(self.parallel.place(state, parallel_lib.OWN), step, progress, stack)
         except NonFiniteError:
             self.write_summary("diverged", progress.step, progress.images_per_second)
             raise
         finally:
             progress.close()
+        processes.gathered([step])  # the last checkpoint is whole: now all of them may end
         done = step == self.total_steps and all(run.evaluated_step == step for run in self.runs)
         summary = self.write_summary("completed" if done else "preempted", step, progress.images_per_second)
         if not done:
@@ -128,8 +132,9 @@ class _Training:
 
     def tell_memory(self):
         """Logs what training will take of each device, and a warning where it is more than there is."""
-        at_once = 1 if self.parallel.devices[0].platform == "cpu" else len(self.runs)
-        needed = cost.training_memory(self.experiment, self.parallel.num_devices, len(self.runs), at_once)
+        here = len(self.runs) // self.parallel.seeds
+        at_once = 1 if self.parallel.devices[0].platform == "cpu" else here
+        needed = cost.training_memory(self.experiment, self.parallel.shares, here, at_once)
         parts = (f"{part} {size / 1e6:.0f} MB" for part, size in needed.items())
         logging.info("Memory for training on each device, estimated: %s.", ", ".join(parts))
         limit = (self.parallel.devices[0].memory_stats() or {}).get("bytes_limit")
@@ -148,7 +153,7 @@ class _Training:
             own = "preempted" if status == "diverged" and not run.diverged else status
             summaries.append(run.write_summary(own, step, images_per_second))
         summary = joint_summary(summaries) | {"status": status}
-        if len(self.runs) > 1:
+        if len(self.runs) > 1 and processes.is_first():
             outputs.write_json(self.workdir / "config.json", config_lib.to_json(self.config))
             outputs.write_json(self.workdir / "summary.json", summary)
         return summary
@@ -170,18 +175,19 @@ class _Training:
         # At multiples of these a dispatch ends; 0 stands for never.
         ends = (config.log_every_steps, config.checkpoint.every_steps, per_epoch)
         pace, line = Pace(), None  # the latest line of the log waits here for the devices
+        host = processes.Agreement(pace, step)
         while True:
             epoch, position = divmod(step, per_epoch)
             last = step == self.total_steps
             due = position == 0 and (epoch % config.evaluation.every_epochs == 0 or last)
-            if due and self.evaluated_step < step > 0 and not preemption.requested():
+            if due and self.evaluated_step < step > 0 and not host.stopping(step):
                 line = self.write_line(line, progress)
                 self.evaluate(evaluators, state, step)
                 progress.restart_clock()
                 pace.restart_clock()
             due = position == 0 and (epoch % config.checkpoint.every_epochs == 0 or last)
             due |= config.checkpoint.every_steps > 0 and step % config.checkpoint.every_steps == 0
-            stopping = preemption.requested()
+            stopping = host.stopping(step)
             if (due or stopping) and saved != (step, self.evaluated_step):
                 line = self.write_line(line, progress)
                 fetched = self.parallel.fetch(state)
@@ -193,12 +199,12 @@ class _Training:
                 return step
             if position == 0:
                 state = before_epoch(state)
-                if preemption.requested():
+                if host.stopping(step):
                     continue
             if batches is None or position == 0:
                 batches = inputs.batches(epoch, position)
-            count = min(pace.steps, *(end - step % end for end in ends if end)) if inputs.reusable else 1
-            stop = self.parallel.replicate(np.int32(step + count))
+            count = min(host.steps, *(end - step % end for end in ends if end)) if inputs.reusable else 1
+            stop = self.parallel.place(np.int32(step + count))
             state, record = program(state, next(batches), stop)
             step += count
             progress.advance(count)
@@ -238,7 +244,7 @@ class _Training:
                 accumulate=experiment.config.accumulate,
             )
 
-        each = self.parallel.for_seeds(one, self.config.num_seeds)
+        each = self.parallel.for_seeds(one)
 
         def program(state, arrays, stop):
             own, shared = inputs.apart(arrays)
@@ -249,7 +255,8 @@ class _Training:
             )
             return state, state.record
 
-        return self.parallel.map(program, donate_argnums=(0,), sharded_argnums=(1,) if inputs.sharded else ())
+        own, shared = parallel_lib.OWN, parallel_lib.SHARED
+        return self.parallel.map(program, (own, inputs.arrays, shared), (0, own), donate_argnums=(0,))
 
     def validation_update(self):
         """What is done to the state before every epoch: where the method learns from the validation split."""
@@ -263,8 +270,11 @@ class _Training:
             state, sums = state_and_sums
             return state.replace(model_state={**state.model_state, **method.validation_state(sums)})
 
-        each = self.parallel.for_seeds(one, self.config.num_seeds)
-        program = self.parallel.map(lambda state, sums: each((state, sums)), donate_argnums=(0,))
+        each = self.parallel.for_seeds(one)
+        own = parallel_lib.OWN
+        program = self.parallel.map(
+            lambda state, sums: each((state, sums)), (own, own), 0, donate_argnums=(0,)
+        )
 
         def before_epoch(state):
             sums = sweep(state)

@@ -311,6 +311,8 @@ FREE = {
     "checkpoint.keep": 5,
     "parallel.mode": "shard_map",
     "parallel.num_devices": 1,
+    "parallel.subnetworks": 2,
+    "parallel.seeds": 2,
     "data.data_dir": "elsewhere",
     "data.manual_dir": "elsewhere",
     "data.cache_dir": "elsewhere",

@@ -57,7 +57,7 @@ def main(path):
     for devices in (1, 2, 4, 8):
         runner = parallel.Parallel("pmap", devices)
         zero = np.zeros((), np.int32)
-        state = runner.replicate(steps.TrainState(zero, params, {}, {}, zero, {}))
+        state = runner.place(steps.TrainState(zero, params, {}, {}, zero, {}))
         for size in SIZES:
             split = Split(images[:size], labels[:size].astype(np.int32))
             results[f"{devices} {size}"] = Evaluator(method, split, config, runner)(state)[0]

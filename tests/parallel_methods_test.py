@@ -1,4 +1,7 @@
-"""One and eight devices compute the same by every method: in float64, where rounding hides nothing."""
+"""One and eight devices compute the same by every method: in float64, where rounding hides nothing.
+
+The eight are four shares of the batch, times two for the sub-networks where they are several.
+"""
 
 import numpy as np
 import pytest

@@ -29,10 +29,19 @@ def results(commands, tmp_path_factory):
     return run_script(commands, "ffl", tmp_path_factory.mktemp("parallel") / "results.npz")
 
 
-@pytest.mark.parametrize(("mode", "devices"), [("pmap", 2), ("pmap", 4), ("pmap", 8), ("shard_map", 8)])
-def test_devices_agree(results, mode, devices):
+@pytest.mark.parametrize(
+    ("run", "alone"),
+    [
+        *(((mode, devices), (mode, 1)) for mode, devices in (("pmap", 2), ("pmap", 4), ("pmap", 8))),
+        (("shard_map", 8), ("shard_map", 1)),
+        (("mesh", 8), ("shard_map", 1)),
+        (("mesh_second", 8), ("second", 1)),
+    ],
+    ids=str,
+)
+def test_devices_agree(results, run, alone):
     """All that is trained or logged; were statistics not synchronised, it would differ by percents."""
-    one, several = results[mode, 1], results[mode, devices]
+    one, several = results[alone], results[run]
     assert one.keys() == several.keys()
     for leaf, expected in one.items():
         # Scores and the ramp are float32 in any case.
@@ -69,8 +78,42 @@ def test_indivisible_batch_names_the_nearest_sizes(commands):
 
 
 @pytest.mark.parametrize(
-    ("settings", "text"), [({"mode": "pjit"}, "pmap, shard_map"), ({"num_devices": 2}, "1 device")]
+    ("settings", "text"),
+    [
+        ({"mode": "pjit"}, "pmap, shard_map"),
+        ({"num_devices": 2}, r"1 device.*1\.\.1"),
+        ({"subnetworks": 2}, "config.parallel.mode=shard_map"),
+        ({"mode": "shard_map", "subnetworks": 2}, "does not divide the 1 device"),
+        ({"mode": "shard_map", "seeds": 2, "num_seeds": 2}, "does not divide the 1 device"),
+        ({"mode": "shard_map", "seeds": 0}, "from 1 on"),
+    ],
 )
 def test_bad_settings(settings, text):
     with pytest.raises(ConfigError, match=text):
         parallel.Parallel(**settings)
+
+
+def test_what_cannot_be_spread_is_refused(commands):
+    code = """
+import sys
+from ffl_jax import errors, parallel, subnetworks
+spread = parallel.Parallel("shard_map", subnetworks=2)
+spread.check_networks(subnetworks.build("resnet8", 4, 10))
+for network, num in ("resnet8", 3), ("resnet8+resnet14", 2):
+    try:
+        spread.check_networks(subnetworks.build(network, num, 10))
+    except errors.ConfigError as error:
+        print(error)
+try:
+    parallel.Parallel("shard_map", seeds=2, num_seeds=3)
+except errors.ConfigError as error:
+    print(error)
+"""
+    process = commands.start("-c", code, devices=2)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    lines = output.splitlines()
+    assert len(lines) == 3
+    assert "now 3, must be a multiple of it" in lines[0]
+    assert "the networks the same" in lines[1]
+    assert "parallel.seeds=2 does not divide num_seeds=3" in lines[2]

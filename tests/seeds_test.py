@@ -144,9 +144,9 @@ def test_stopped_and_killed_seeds_continue_with_the_same_bits(joint, tmp_path, m
         train.train(configuration(), tmp_path)
 
 
-def by_vmap(self, function, num_seeds):
+def by_vmap(self, function):
     """`Parallel.for_seeds` as on an accelerator."""
-    if num_seeds == 1:
+    if self.num_seeds == 1:
         return function
     return lambda own, *shared: jax.vmap(lambda one: function(one, *shared))(own)
 
@@ -195,7 +195,7 @@ def test_vectorized_step_in_float64(method):
 
         pairs = list(zip(states, batches, strict=True))
         stacked = jax.tree.map(lambda *x: jax.numpy.stack(x), *pairs)
-        together = jax.jit(lambda own: by_vmap(None, step, 2)(own))(stacked)
+        together = jax.jit(by_vmap(Parallel(num_seeds=2), step))(stacked)
         for index, pair in enumerate(pairs):
             alone = jax.jit(step)(pair)
             for actual, expected in zip(

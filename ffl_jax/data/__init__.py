@@ -69,9 +69,9 @@ def train_input(split: Split | StreamedSplit, config, parallel, views: int = 0):
       the following batches of one epoch, on the devices; `apart(arrays)`, which divides them into what each
       seed has for itself, with a leading axis where they are several, and what all share; `batch(own, shared,
       step)`, to be called with these inside the compiled step, which gives `image` and `label` of one seed on
-      this device; `sharded`, whether these arrays are split over the devices rather than replicated;
-      `reusable`, whether they serve all steps of the epoch that follow rather than one; `close()`. What it
-      gives is a pure function of the configuration's seed, the epoch and the position.
+      this device; `arrays`, what they are for `parallel.map`; `reusable`, whether they serve all steps of the
+      epoch that follow rather than one; `close()`. What it gives is a pure function of the configuration's
+      seed, the epoch and the position.
     """
     return _inputs(split).TrainInput(split, config, parallel, views)
 
@@ -79,7 +79,8 @@ def train_input(split: Split | StreamedSplit, config, parallel, views: int = 0):
 def eval_input(split: Split | StreamedSplit, config, parallel):
     """What feeds evaluation with a split: `batches()` gives every example once, `batch_size` at a time.
 
-    `batch(arrays)`, inside the compiled program, gives `image`, `label` and `weight`, which is 0 for padding.
+    `batch(arrays)`, inside the compiled program, gives `image`, `label` and `weight`, which is 0 for padding;
+    `arrays` says what they are for `parallel.map`.
     """
     return _inputs(split).EvalInput(split, config, parallel)
 

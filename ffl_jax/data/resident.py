@@ -96,25 +96,25 @@ def eval_batch(images, labels, indices, weights, settings) -> dict[str, jax.Arra
 class TrainInput:
     """Feeds the training step; see `data.train_input`. With several seeds, each has an order of its own."""
 
-    sharded = False
+    arrays = (parallel_lib.OWN, parallel_lib.SHARED)
     reusable = True
 
     def __init__(self, split, config, parallel, views: int):
         self._settings, self._views = config.data, views
         self._parallel = parallel
-        self._examples = parallel.replicate((split.images, split.labels))
+        self._examples = parallel.place((split.images, split.labels))
         self.steps_per_epoch = steps_per_epoch(len(split), config.batch_size)
 
         def order(own):
             return own, epoch_order(own["seed"], own["epoch"], len(split), config.batch_size)
 
-        self._order = parallel.map(parallel.for_seeds(order, config.num_seeds))
+        self._order = parallel.map(parallel.for_seeds(order), (parallel_lib.OWN,))
         seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.uint32)
         self._seeds = seeds if config.num_seeds > 1 else seeds[0]
 
     def batches(self, epoch: int, position: int):
         own = {"seed": self._seeds, "epoch": np.full_like(self._seeds, epoch, dtype=np.int32)}
-        order = self._order(self._parallel.replicate(own))
+        order = self._order(self._parallel.place(own, parallel_lib.OWN))
         for _ in range(position, self.steps_per_epoch):
             yield order, self._examples  # the step picks its batch itself, by its number
 
@@ -133,15 +133,15 @@ class TrainInput:
 class EvalInput:
     """Feeds the evaluation step; see `data.eval_input`."""
 
-    sharded = False
+    arrays = parallel_lib.SHARED
 
     def __init__(self, split, config, parallel):
         self._settings = config.data
-        devices = parallel.num_devices
-        self.batch_size = -(-min(config.evaluation.batch_size, len(split)) // devices) * devices
+        shares = parallel.shares
+        self.batch_size = -(-min(config.evaluation.batch_size, len(split)) // shares) * shares
         indices, weights = eval_batches(len(split), self.batch_size)
-        self._chosen = [parallel.replicate(batch) for batch in zip(indices, weights, strict=True)]
-        self._examples = parallel.replicate((split.images, split.labels))
+        self._chosen = [parallel.place(batch) for batch in zip(indices, weights, strict=True)]
+        self._examples = parallel.place((split.images, split.labels))
 
     def batches(self):
         for chosen in self._chosen:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from ffl_jax import parallel as parallel_lib
 from ffl_jax.data import augment, base, resident
 from ffl_jax.data import pieces as pieces_lib
 from ffl_jax.errors import ConfigError, FFLError, ResourceError
@@ -151,7 +152,7 @@ class TrainInput:
     batch was.
     """
 
-    sharded = True
+    arrays = parallel_lib.BATCH
     reusable = False
 
     def __init__(self, split: base.StreamedSplit, config, parallel, views: int):
@@ -179,7 +180,7 @@ class TrainInput:
                 self._pipeline = _Pipeline(self._pieces, start, self._settings.workers)
             arrays = self._pipeline.next_batch()
             self._next_step = step + 1
-            yield self._parallel.shard(arrays)
+            yield self._parallel.place(arrays, parallel_lib.BATCH)
 
     def apart(self, arrays):
         return (), arrays
@@ -204,12 +205,12 @@ class TrainInput:
 class EvalInput:
     """Feeds the evaluation step; see `data.eval_input`. Workers live as long as one sweep over the split."""
 
-    sharded = True
+    arrays = parallel_lib.BATCH
 
     def __init__(self, split: base.StreamedSplit, config, parallel):
         self._settings, self._parallel = config.data, parallel
-        devices = parallel.num_devices * jax.process_count()
-        self.batch_size = -(-min(config.evaluation.batch_size, len(split)) // devices) * devices
+        shares = parallel.shares
+        self.batch_size = -(-min(config.evaluation.batch_size, len(split)) // shares) * shares
         process = _process(self.batch_size)
         self._pieces = pieces_lib.EvalPieces(split, self.batch_size, process, config.data.crop)
 
@@ -217,7 +218,7 @@ class EvalInput:
         pipeline = _Pipeline(self._pieces, 0, self._settings.workers)
         try:
             for _ in range(self._pieces.batches):
-                yield self._parallel.shard(pipeline.next_batch())
+                yield self._parallel.place(pipeline.next_batch(), parallel_lib.BATCH)
         finally:
             pipeline.close()
 
