@@ -1,0 +1,226 @@
+"""The scripts of `launch/` with stand-ins for what they start: training, srun, scontrol, gcloud, nvidia-smi.
+
+.ci/run has shellcheck and yamllint read them.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import conftest
+import pytest
+
+# Stands in for `python -m ffl_jax.main`: says how it was started, then does what the last argument has for a
+# process of its number: end with a code, "wait" for a signal beside a worker process, or be "killed".
+TRAINING = """
+import json, os, signal, subprocess, sys, time
+
+number = int(os.environ.get("JAX_PROCESS_ID", 0))
+todo = sys.argv[-1].split(",")[number:] or ["0"]
+signal.signal(signal.SIGINT, lambda *_: (print("SIGINT", flush=True), os._exit(75)))
+signal.signal(signal.SIGTERM, lambda *_: (print("SIGTERM", flush=True), os._exit(75)))
+worker = [subprocess.Popen(["sleep", "60"]).pid] if todo[0] == "wait" else []
+wanted = ("JAX_", "XLA_", "CUDA_")
+environment = {key: value for key, value in os.environ.items() if key.startswith(wanted)}
+said = dict(environment=environment, arguments=sys.argv[1:], pids=[os.getpid(), *worker])
+print(json.dumps(said), flush=True)
+print("a warning", file=sys.stderr, flush=True)
+if todo[0] == "wait":
+    time.sleep(60)
+if todo[0] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+print("the end", end="", flush=True)
+os._exit(int(todo[0]))
+"""
+
+
+def executable(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of what the scripts need, whose .venv is up to date and has a stand-in for Python."""
+    root = tmp_path / "repository"
+    shutil.copytree(conftest.ROOT / "launch", root / "launch")
+    shutil.copy(conftest.ROOT / "pyproject.toml", root)
+    (root / "training.py").write_text(TRAINING)
+    set_up(root, root / "training.py")
+    return root
+
+
+def set_up(root, training):
+    real = f"exec '{sys.executable}' -S"
+    executable(root / ".venv/bin/python", f'[ "$1" = -c ] && {real} "$@"\n{real} \'{training}\' "$@"')
+    checksum = subprocess.run(
+        ["cksum"], stdin=(root / "pyproject.toml").open(), capture_output=True, text=True
+    )
+    (root / ".venv/stamp").write_text(f"{checksum.stdout.strip()} {root}\ncuda\ntpu\n")
+
+
+def environment(**changes):
+    """Without what the scripts take from the environment."""
+    names = r"JAX_|XLA_|CUDA_|SLURM_|TPU_|DRY_RUN|DEVICES_PER|GRACE_|METHODS|SEEDS|CONFIG|RUNS"
+    kept = {key: value for key, value in os.environ.items() if not re.match(names, key)}
+    return kept | {key: str(value) for key, value in changes.items()}
+
+
+def start(*command, env=None, **options):
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([str(word) for word in command], env=env or environment(), **pipes, **options)
+
+
+def finish(process):
+    output, complaints = process.communicate(timeout=30)
+    return process.returncode, output, complaints
+
+
+def run(*command, **options):
+    return finish(start(*command, **options))
+
+
+def refusal(result):
+    """The one line of a usage error."""
+    code, output, complaints = result
+    assert (code, output) == (2, "")
+    (line,) = complaints.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and that nobody has asked after does not."""
+    try:
+        os.kill(pid, 0)
+        stat = pathlib.Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def wait_until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def said(lines):
+    """What the processes say of themselves, in order."""
+    found = dict(re.fullmatch(r"\[(\d)\] (\{.*\})\n?", line).groups() for line in lines if "{" in line)
+    assert sorted(found) == [str(i) for i in range(len(found))]
+    return [json.loads(found[number]) for number in sorted(found)]
+
+
+def started(process, count):
+    """The same of processes that now wait for a signal."""
+    return said([process.stdout.readline() for _ in range(count)])
+
+
+# local_multiprocess.sh
+
+
+def local(repository, count, *arguments, **changes):
+    env = environment(**{"JAX_PLATFORMS": "cpu"} | changes)
+    return start(repository / "launch/local_multiprocess.sh", count, *arguments, env=env)
+
+
+def test_each_local_process_knows_its_place(repository):
+    code, output, complaints = finish(local(repository, 3, "--workdir=with space", "0,0,0"))
+    assert code == 0
+    lines = output.splitlines()
+    assert sorted(line for line in lines if "{" not in line) == [f"[{i}] the end" for i in range(3)]
+    assert sorted(complaints.splitlines()) == [f"[{i}] a warning" for i in range(3)]
+    addresses = set()
+    for i, one in enumerate(said(lines)):
+        assert one["arguments"] == ["-m", "ffl_jax.main", "--distributed", "--workdir=with space", "0,0,0"]
+        assert one["environment"]["JAX_PROCESS_ID"] == str(i)
+        assert one["environment"]["JAX_NUM_PROCESSES"] == "3"
+        addresses |= {one["environment"][f"JAX_COORDINATOR_{x}ADDRESS"] for x in ("", "BIND_")}
+    (address,) = addresses
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
+
+
+def test_local_devices_are_forced(repository):
+    process = local(repository, 1, "0", JAX_PLATFORMS="", XLA_FLAGS="--xla_a=1", DEVICES_PER_PROCESS=4)
+    code, output, _ = finish(process)
+    assert code == 0
+    (one,) = said(output.splitlines())
+    assert one["environment"]["JAX_PLATFORMS"] == "cpu"
+    assert one["environment"]["XLA_FLAGS"] == "--xla_a=1 --xla_force_host_platform_device_count=4"
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [("75,75", 75), ("75,3", 3), ("1,4", 4), ("0,1", 1), ("75,143", 143), ("killed,75", 137)],
+)
+def test_exit_code_of_local_processes(codes, expected, repository):
+    assert finish(local(repository, 2, codes))[0] == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_local_processes(number, repository):
+    process = local(repository, 2, "wait,wait")
+    pids = [pid for one in started(process, 2) for pid in one["pids"]]
+    process.send_signal(number)
+    code, output, _ = finish(process)
+    assert code == 75
+    assert sorted(output.splitlines()) == [f"[{i}] {number.name}" for i in range(2)]
+    assert not any(map(alive, pids))
+
+
+def test_the_others_are_ended_when_one_dies(repository):
+    """Its worker processes too."""
+    code, output, complaints = finish(local(repository, 3, "killed,wait,wait", GRACE_SECONDS=1))
+    assert code == 137
+    lines = output.splitlines()
+    assert sorted(line for line in lines if "{" not in line) == ["[1] SIGTERM", "[2] SIGTERM"]
+    assert "ended with code 137, and 2 still run: SIGTERM" in complaints
+    assert not any(alive(pid) for one in said(lines) for pid in one["pids"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_local_processes_end_with_a_script_that_is_killed(repository):
+    process = local(repository, 2, "wait,wait")
+    processes = started(process, 2)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(alive(one["pids"][0]) for one in processes))
+    for one in processes:
+        os.kill(one["pids"][1], signal.SIGKILL)  # what the stand-in leaves when it is stopped
+    process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [({}, ["0", "1"]), ({"CUDA_VISIBLE_DEVICES": "4,7"}, ["4", "7"])]
+)
+def test_each_local_process_gets_a_gpu(chosen, expected, repository, tmp_path):
+    executable(tmp_path / "bin/nvidia-smi", "echo 'GPU 0: One (UUID: a)'\necho 'GPU 1: One (UUID: b)'")
+    changes = dict(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", JAX_PLATFORMS="", **chosen)
+    code, output, _ = finish(local(repository, 2, "0,0", **changes))
+    assert code == 0
+    assert [one["environment"]["CUDA_VISIBLE_DEVICES"] for one in said(output.splitlines())] == expected
+    assert "3 processes want a GPU each and there are 2" in refusal(finish(local(repository, 3, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        ([], {}, "got ''"),
+        (["0"], {}, "got '0'"),
+        (["--workdir=x"], {}, "got '--workdir=x'"),
+        (["2"], {"DEVICES_PER_PROCESS": "two"}, "DEVICES_PER_PROCESS: want 1 or more, got 'two'"),
+        (["2"], {"GRACE_SECONDS": "-1"}, "GRACE_SECONDS must be a whole number, 1 or more, got '-1'"),
+    ],
+)
+def test_local_usage_errors(arguments, changes, message, repository):
+    script = repository / "launch/local_multiprocess.sh"
+    assert message in refusal(run(script, *arguments, env=environment(**changes)))
