@@ -3,6 +3,7 @@
 .ci/run has shellcheck and yamllint read them.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -224,3 +225,108 @@ def test_each_local_process_gets_a_gpu(chosen, expected, repository, tmp_path):
 def test_local_usage_errors(arguments, changes, message, repository):
     script = repository / "launch/local_multiprocess.sh"
     assert message in refusal(run(script, *arguments, env=environment(**changes)))
+
+
+# slurm.sbatch
+
+
+@pytest.fixture
+def slurm(repository, tmp_path):
+    """Runs the job as Slurm does, from a copy elsewhere; returns its result and what it asked Slurm for."""
+    record = tmp_path / "calls"
+    note = f"(printf '%s\\x1f' \"${{0##*/}}\" \"$@\"; echo) >>'{record}'"
+    executable(tmp_path / "bin/srun", f'{note}\n[ -z "$SRUN_WAITS" ] || sleep 1\nexit "$SRUN_CODE"')
+    executable(tmp_path / "bin/scontrol", f'{note}\necho "JobId=7 JobState=$JOB_STATE Reason=None"')
+    copy = shutil.copy(repository / "launch/slurm.sbatch", tmp_path / "slurm_script")
+
+    def submit(*arguments, signal_after=None, **changes):
+        changes = dict(SLURM_JOB_ID=7, SLURM_SUBMIT_DIR=repository, SLURM_CPUS_PER_TASK=8) | changes
+        changes = dict(SRUN_CODE=0, SRUN_WAITS="", JOB_STATE="RUNNING") | changes
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        process = start("bash", copy, *arguments, env=environment(PATH=path, **changes), cwd=tmp_path)
+        if signal_after:
+            wait_until(record.exists)
+            process.send_signal(signal_after)
+        result = finish(process)
+        lines = record.read_text().splitlines() if record.exists() else []
+        record.unlink(missing_ok=True)
+        return result, [line.split("\x1f")[:-1] for line in lines]
+
+    return submit
+
+
+TWO_BY_THREE = dict(METHODS="ffl dml", SEEDS="0 1 2")
+
+
+def test_the_array_index_picks_method_and_seed(slurm, repository):
+    chosen = []
+    for index in range(6):
+        (code, _, _), [[*command]] = slurm("--config.b=1", SLURM_ARRAY_TASK_ID=index, **TWO_BY_THREE)
+        assert code == 0
+        assert command[0] == "srun"
+        at = command.index(str(repository / ".venv/bin/python"))
+        assert {"--gpu-bind=none", "--cpus-per-task=8", "--kill-on-bad-exit=0"} <= set(command[:at])
+        assert command[at + 1 : at + 4] == ["-m", "ffl_jax.main", "--distributed"]
+        chosen.append(tuple(command[at + 4 :]))
+    assert chosen == [
+        (
+            f"--config=configs/cifar100.py:method={method}",
+            f"--config.seed={seed}",
+            f"--workdir=runs/{method}-seed{seed}",
+            "--config.b=1",
+        )
+        for method, seed in itertools.product(("ffl", "dml"), (0, 1, 2))
+    ]
+
+
+def test_a_job_that_is_no_array(slurm):
+    changes = dict(METHODS="kd", SEEDS="3", RUNS="/shared/runs", CONFIG="configs/imagenet.py:epochs=9")
+    _, [[*command]] = slurm(**changes)
+    assert command[-3:] == [
+        "--config=configs/imagenet.py:epochs=9,method=kd",
+        "--config.seed=3",
+        "--workdir=/shared/runs/kd-seed3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SLURM_ARRAY_TASK_ID": 6} | TWO_BY_THREE, "no run number 6: 2 methods and 3 seeds make 6 runs"),
+        ({"SLURM_ARRAY_TASK_ID": 6} | TWO_BY_THREE, "sbatch --array=0-5"),
+        (TWO_BY_THREE, "this job is no array, and 2 methods and 3 seeds make 6 runs: sbatch --array=0-5"),
+        ({"METHODS": " "}, "METHODS and SEEDS must each name one or more"),
+        ({"SLURM_JOB_ID": ""}, "this is for Slurm: sbatch launch/slurm.sbatch"),
+        ({"SLURM_SUBMIT_DIR": "/"}, "/ is not the repository"),
+    ],
+)
+def test_jobs_refused(changes, message, slurm):
+    result, calls = slurm(**changes)
+    assert message in refusal(result)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "requeued"),
+    [(75, "RUNNING", True), (75, "CANCELLED", False), (3, "RUNNING", False), (0, "RUNNING", False)],
+)
+def test_a_job_that_was_stopped_and_saved_is_requeued(code, state, requeued, slurm):
+    result, calls = slurm(SRUN_CODE=code, JOB_STATE=state)
+    assert result[0] == code
+    assert (["scontrol", "requeue", "7"] in calls) == requeued
+
+
+def test_a_job_outlives_a_signal_to_wait_for_its_tasks(slurm):
+    result, calls = slurm(SRUN_CODE=75, SRUN_WAITS=1, signal_after=signal.SIGTERM)
+    assert result[0] == 75
+    assert calls[-1] == ["scontrol", "requeue", "7"]
+
+
+def test_what_the_job_asks_for():
+    """One task for each GPU, none hidden from a task: JAX takes the GPU of the number SLURM_LOCALID."""
+    text = (conftest.ROOT / "launch/slurm.sbatch").read_text()
+    wanted = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.M))
+    assert wanted["ntasks-per-node"] == wanted["gpus-per-node"]
+    assert "gpus-per-task" not in wanted
+    assert wanted["requeue"] == ""
+    assert re.fullmatch(r"TERM@\d+", wanted["signal"])  # "B:TERM" would reach this script alone
