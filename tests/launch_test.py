@@ -330,3 +330,156 @@ def test_what_the_job_asks_for():
     assert "gpus-per-task" not in wanted
     assert wanted["requeue"] == ""
     assert re.fullmatch(r"TERM@\d+", wanted["signal"])  # "B:TERM" would reach this script alone
+
+
+# tpu_vm.sh
+
+
+@pytest.fixture
+def cloud(tmp_path, repository):
+    """Calls the script with a gcloud whose slice is one machine, the folder `machine`."""
+    record, machine = tmp_path / "calls", tmp_path / "machine"
+    machine.mkdir()
+    executable(
+        tmp_path / "bin/gcloud",
+        f"""(printf '%s\\x1f' "$@"; echo) >>'{record}'
+        verb=$4
+        paths=()
+        for word in "${{@:5}}"; do
+            case $word in
+                --command=*) cd '{machine}' && HOME='{machine}' exec bash -c "${{word#*=}}" ;;
+                --*) ;;
+                slice:*) paths+=("{machine}/${{word#*:}}") ;;
+                *) paths+=("$word") ;;
+            esac
+        done
+        [ "$verb" != scp ] || cp -r "${{paths[@]}}"
+        """,
+    )
+    executable(tmp_path / "bin/python3", f"exec '{sys.executable}' \"$@\"")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+
+    def call(*arguments, begin=run, **changes):
+        settings = dict(TPU_NAME="slice", TPU_ZONE="zone-a", PATH=path)
+        env = environment(**settings | changes)
+        return begin(repository / "launch/tpu_vm.sh", *arguments, env=env, cwd=tmp_path)
+
+    def calls():
+        lines = (
+            [line.split("\x1f")[:-1] for line in record.read_text().splitlines()] if record.exists() else []
+        )
+        assert all(line[:3] == ["compute", "tpus", "tpu-vm"] for line in lines)
+        return [line[3:] for line in lines]
+
+    call.calls, call.machine = calls, machine
+    return call
+
+
+def test_a_slice_is_made_and_deleted(cloud):
+    assert cloud("--type=v5litepod-16", "--version=v2", "create", "--spot", "--network=a b")[0] == 0
+    assert cloud("--name=other", "--zone=z", "delete", "--quiet")[0] == 0
+    made, deleted = cloud.calls()
+    assert made[:4] == ["create", "slice", "--accelerator-type=v5litepod-16", "--version=v2"]
+    assert made[4:] == ["--spot", "--network=a b", "--zone=zone-a"]
+    assert deleted == ["delete", "other", "--quiet", "--zone=z"]
+
+
+def test_the_repository_is_installed_on_the_machines(cloud, repository):
+    """Its last commit, and nothing of an earlier one but runs and the environment."""
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (repository / ".gitignore").write_text(".venv\n")
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=a"]):
+        subprocess.run(git + command, check=True)
+    (repository / "new").touch()
+    there = cloud.machine / "ffl_jax"
+    for kept in ("runs/a", ".venv/bin", "old"):
+        (there / kept).mkdir(parents=True)
+    shutil.copy(repository / "pyproject.toml", there)
+    set_up(there, there / "training.py")
+    code, output, complaints = cloud("install")
+    assert (code, output, complaints) == (0, "", "note: what is not committed is not copied\n")
+    names = {path.name for path in there.iterdir()}
+    assert names == {".gitignore", ".setup.lock", ".venv", "launch", "pyproject.toml", "runs", "training.py"}
+    assert [line[0] for line in cloud.calls()] == ["scp", "ssh"]
+    assert all({"--worker=all", "--zone=zone-a"} <= set(line) for line in cloud.calls())
+
+
+def test_a_run_is_started_stopped_and_fetched(cloud, repository, tmp_path):
+    there = cloud.machine / "ffl_jax"
+    shutil.copytree(repository, there)
+    assert cloud("stop") == (1, "", "error: no run to stop\n")
+    process = cloud("run", "--config.a=(1, 2)", "wait", begin=start)
+    one = json.loads(process.stdout.readline())
+    assert one["arguments"] == ["-m", "ffl_jax.main", "--distributed", "--config.a=(1, 2)", "wait"]
+    assert cloud("stop") == (0, "", "")
+    os.kill(one["pids"][1], signal.SIGKILL)
+    code, output, _ = finish(process)
+    assert code == 75
+    assert output.endswith("SIGTERM\n")
+    for workdir in (there / "runs/a", cloud.machine / "disk/b"):
+        workdir.mkdir(parents=True)
+        (workdir / "summary.json").write_text("{}")
+    assert cloud("fetch", "runs/a")[0] == 0
+    assert (tmp_path / "runs/a/summary.json").exists()
+    assert cloud("fetch", "/disk/b/", "results/here")[0] == 0
+    assert (tmp_path / "results/here/b/summary.json").exists()
+    workers = [word for line in cloud.calls() for word in line if word.startswith("--worker")]
+    assert workers == ["--worker=0", "--worker=all", "--worker=0", "--worker=0", "--worker=0"]
+
+
+def test_a_run_goes_on_when_the_connection_is_lost(cloud, repository):
+    shutil.copytree(repository, cloud.machine / "ffl_jax")
+    process = cloud("run", "wait", begin=start)
+    main, worker = json.loads(process.stdout.readline())["pids"]
+    process.stdout.close()
+    process.terminate()
+    process.wait()
+    assert alive(main)
+    assert cloud("stop")[0] == 0
+    wait_until(lambda: not alive(main))
+    os.kill(worker, signal.SIGKILL)
+    assert (cloud.machine / "ffl_jax.log").read_text().endswith("SIGTERM\n")
+
+
+@pytest.mark.parametrize("dry", [dict(DRY_RUN=1), {}])
+def test_a_dry_run_shows_commands_that_do_the_same(dry, cloud, repository):
+    flags = [] if dry else ["--dry-run"]
+    code, output, _ = cloud(*flags, "run", "--config.a=(1, 'two')", **dry)
+    assert code == 0
+    assert not cloud.calls()
+    shutil.copytree(repository, cloud.machine / "ffl_jax")
+    shown = run("bash", "-c", "gcloud() { printf '%s\\x1f' \"$@\"; }; " + output)[1].split("\x1f")[:-1]
+    cloud("run", "--config.a=(1, 'two')")
+    assert [shown[3:]] == cloud.calls()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        ([], {}, "no command '': create, install, run, stop, fetch or delete"),
+        (["start"], {}, "no command 'start'"),
+        (["--tpu=a", "run"], {}, "there is no setting --tpu=a"),
+        (["run"], {"TPU_NAME": ""}, "no name of the slice: --name=NAME"),
+        (["run"], {"TPU_ZONE": ""}, "no zone: --zone="),
+        (["create"], {"TPU_VERSION": "v2"}, "no type of slice: --type="),
+        (["create"], {"TPU_TYPE": "v5litepod-16"}, "no software version: --version="),
+        (["fetch"], {}, "fetch takes a workdir"),
+        (["install", "now"], {}, "install takes no arguments, got 'now'"),
+        (["run"], {"PATH": "/nowhere"}, "there is no gcloud on PATH"),
+    ],
+)
+def test_tpu_usage_errors(arguments, changes, message, cloud):
+    if "PATH" in changes:  # all that the script needs before it looks for gcloud
+        folder = cloud.machine / "bin"
+        executable(folder / "env", 'exec "$@"')
+        (folder / "bash").symlink_to(shutil.which("bash"))
+        changes = {"PATH": str(folder)}
+    assert message in refusal(cloud(*arguments, **changes))
+    assert not cloud.calls()
+
+
+@pytest.mark.parametrize("script", ["local_multiprocess.sh", "slurm.sbatch", "tpu_vm.sh"])
+def test_help(script, repository):
+    code, output, complaints = run("bash", repository / "launch" / script, "--help")
+    assert (code, complaints) == (0, "")
+    assert script in output

@@ -1,0 +1,146 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU slice: makes it, installs this repository on its machines, runs, copies results back.
+set -eu
+
+usage() {
+    cat <<END
+Usage: $0 [SETTINGS] COMMAND
+
+Commands, in the order of use:
+  create [ARGUMENTS of gcloud]    makes the slice; --spot, --network=… and so on are passed on
+  install                         copies the last commit to all machines and installs it there
+  run [ARGUMENTS of ffl_jax.main] trains on all machines and shows their output; training goes on if the
+                                  connection is lost. The same command continues a run that was stopped
+  stop                            has the run save its state and end
+  fetch WORKDIR [FOLDER]          copies a run's workdir from the first machine into FOLDER (runs)
+  delete [ARGUMENTS of gcloud]    deletes the slice and all that is on it
+
+Settings, as flags before the command or as environment variables:
+  --name=NAME        TPU_NAME     a name of your choice
+  --zone=ZONE        TPU_ZONE     us-central1-a, …
+  --type=TYPE        TPU_TYPE     v5litepod-16, …; create needs it
+  --version=VERSION  TPU_VERSION  the machines' software, v2-alpha-tpuv5-lite, …; create needs it
+  --dry-run          DRY_RUN=1    shows the commands and runs none
+
+The project is gcloud's own setting: gcloud config set project PROJECT.
+END
+}
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# Runs a command, or shows it as it could be typed.
+do_it() {
+    local word
+    if [ "$dry_run" != 1 ]; then
+        "$@"
+        return
+    fi
+    for word in "$@"; do
+        # shellcheck disable=SC2001 # what ${word//} makes of these quotes depends on the version of bash
+        case $word in
+            *[!A-Za-z0-9_./:=@%+,-]*) printf "'%s' " "$(sed "s/'/'\\\\''/g" <<<"$word")" ;;
+            *) printf '%s ' "$word" ;;
+        esac
+    done
+    echo
+}
+
+tpu() { # VERB, WHAT, further arguments
+    do_it gcloud compute tpus tpu-vm "$@" --zone="$zone"
+}
+
+on_all() { # a command for the shell of every machine
+    tpu ssh "$name" --worker=all --command="$1"
+}
+
+create() {
+    [ -n "$type" ] || fail "no type of slice: --type=v5litepod-16 before the command, or TPU_TYPE"
+    [ -n "$version" ] ||
+        fail "no software version: --version=v2-alpha-tpuv5-lite before the command, or TPU_VERSION"
+    tpu create "$name" --accelerator-type="$type" --version="$version" "$@"
+}
+
+install() {
+    [ $# -eq 0 ] || fail "install takes no arguments, got '$*'"
+    local root folder steps
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    [ -z "$(git -C "$root" status --porcelain)" ] || echo "note: what is not committed is not copied" >&2
+    folder=$(mktemp -d)
+    # shellcheck disable=SC2064 # now: $folder is gone when the trap is called
+    trap "rm -rf '$folder'" EXIT
+    do_it git -C "$root" archive --format=tar.gz --output="$folder/ffl_jax.tar.gz" HEAD
+    tpu scp "$folder/ffl_jax.tar.gz" "$name:ffl_jax.tar.gz" --worker=all
+    # Runs and the environment stay.
+    steps='set -e; mkdir -p ffl_jax'
+    steps+='; find ffl_jax -mindepth 1 -maxdepth 1 ! -name .venv ! -name runs -exec rm -rf {} +'
+    steps+='; tar -xzf ffl_jax.tar.gz -C ffl_jax'
+    # Where the machines' Python is too old, as 3.10 is, uv brings another; it is asked outside of the
+    # repository, whose .venv it would find.
+    steps+='; if ! python3 -c "import sys; sys.exit(sys.version_info < (3, 11))"'
+    steps+='; then python3 -m pip install --quiet --user uv; python3 -m uv python install 3.12'
+    # shellcheck disable=SC2016 # for the shell there
+    steps+='; export PYTHON="$(python3 -m uv python find 3.12)"; fi'
+    steps+='; . ffl_jax/launch/setup.sh tpu'
+    on_all "$steps"
+}
+
+run() {
+    local train='.venv/bin/python -m ffl_jax.main --distributed'
+    [ $# -eq 0 ] || train+=$(printf ' %q' "$@")
+    # The output goes to a file, so that a lost connection does not end the run.
+    on_all "cd ffl_jax || exit; $train >~/ffl_jax.log 2>&1 </dev/null & echo \$! >~/ffl_jax.pid\
+; tail --pid=\$! -n +1 -f ~/ffl_jax.log; wait \$!"
+}
+
+stop() {
+    [ $# -eq 0 ] || fail "stop takes no arguments, got '$*'"
+    # One machine is enough, they stop together; and a second signal would end them unsaved.
+    # shellcheck disable=SC2016 # for the shell there
+    local running='pid=$(cat ffl_jax.pid) && grep -q ffl_jax.main "/proc/$pid/cmdline"'
+    # shellcheck disable=SC2016
+    tpu ssh "$name" --worker=0 --command="{ $running; } 2>/dev/null && kill -TERM \"\$pid\" || \
+{ echo 'error: no run to stop' >&2; exit 1; }"
+}
+
+fetch() {
+    [ $# -eq 1 ] || [ $# -eq 2 ] || fail "fetch takes a workdir and perhaps a folder to copy to, got '$*'"
+    local workdir=${1%/} folder=${2:-runs}
+    case $workdir in
+        /*) ;;
+        *) workdir=ffl_jax/$workdir ;;
+    esac
+    do_it mkdir -p "$folder"
+    tpu scp --recurse "$name:$workdir" "$folder" --worker=0
+}
+
+delete() {
+    tpu delete "$name" "$@"
+}
+
+name=${TPU_NAME:-} zone=${TPU_ZONE:-} type=${TPU_TYPE:-} version=${TPU_VERSION:-} dry_run=${DRY_RUN:-0}
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) usage && exit ;;
+        --name=*) name=${1#*=} ;;
+        --zone=*) zone=${1#*=} ;;
+        --type=*) type=${1#*=} ;;
+        --version=*) version=${1#*=} ;;
+        --dry-run) dry_run=1 ;;
+        -*) fail "there is no setting $1: --name=, --zone=, --type=, --version= or --dry-run ($0 --help)" ;;
+        *) break ;;
+    esac
+    shift
+done
+command=${1:-}
+case $command in
+    create | install | run | stop | fetch | delete) shift ;;
+    *) fail "no command '$command': create, install, run, stop, fetch or delete ($0 --help says more)" ;;
+esac
+[ -n "$name" ] || fail "no name of the slice: --name=NAME before the command, or TPU_NAME"
+[ -n "$zone" ] || fail "no zone: --zone=us-central1-a before the command, or TPU_ZONE"
+[ "$dry_run" = 1 ] || command -v gcloud >/dev/null ||
+    fail "there is no gcloud on PATH: install the Google Cloud CLI, or see the commands with --dry-run"
+"$command" "$@"
