@@ -16,6 +16,9 @@ import time
 
 import conftest
 import pytest
+import yaml
+
+from ffl_jax import errors
 
 # Stands in for `python -m ffl_jax.main`: says how it was started, then does what the last argument has for a
 # process of its number: end with a code, "wait" for a signal beside a worker process, or be "killed".
@@ -483,3 +486,70 @@ def test_help(script, repository):
     code, output, complaints = run("bash", repository / "launch" / script, "--help")
     assert (code, complaints) == (0, "")
     assert script in output
+
+
+# gke_jobset.yaml
+
+
+def test_the_job_set_has_the_fields_of_its_schema():
+    """Names, required fields and rules by the API references of JobSet v1alpha2 and Kubernetes' batch/v1."""
+    text = (conftest.ROOT / "launch/gke_jobset.yaml").read_text()
+    manifest = yaml.safe_load(text)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert set(manifest) == {"apiVersion", "kind", "metadata", "spec"}
+    spec = manifest["spec"]
+    assert set(spec) <= {
+        *("replicatedJobs", "network", "successPolicy", "failurePolicy", "startupPolicy", "suspend"),
+        *("coordinator", "managedBy", "ttlSecondsAfterFinished"),
+    }
+    assert set(spec["network"]) <= {"enableDNSHostnames", "subdomain", "publishNotReadyAddresses"}
+    assert set(spec["failurePolicy"]) <= {"maxRestarts", "restartStrategy", "rules"}
+    for rule in spec["failurePolicy"]["rules"]:
+        assert set(rule) <= {"name", "action", "onJobFailureReasons", "targetReplicatedJobs"}
+        assert rule["action"] in ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts")
+        reasons = {"BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded"}
+        assert set(rule["onJobFailureReasons"]) <= reasons | {"PodFailurePolicy"}
+    (replicated,) = spec["replicatedJobs"]
+    assert set(replicated) <= {"name", "groupName", "template", "replicas", "dependsOn"}
+    job = replicated["template"]["spec"]
+    assert set(job) == {
+        *("parallelism", "completions", "completionMode", "backoffLimit", "podFailurePolicy", "template"),
+    }
+    assert job["completionMode"] == "Indexed"  # GKE numbers the pods by it
+    pod = job["template"]["spec"]
+    assert set(pod) == {
+        *("restartPolicy", "terminationGracePeriodSeconds", "nodeSelector", "containers", "volumes")
+    }
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it
+    (container,) = pod["containers"]
+    assert set(container) == {"name", "image", "command", "args", "resources", "volumeMounts"}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
+    assert container["command"] == ["python", "-m", "ffl_jax.main"]
+    assert "--distributed" in container["args"]
+    config = next(
+        word.removeprefix("--config=") for word in container["args"] if word.startswith("--config=")
+    )
+    assert (conftest.ROOT / config.partition(":")[0]).exists()
+    assert {"IMAGE", "CLAIM"} <= set(re.findall(r"^ *(?:image|claimName): (\w+)$", text, re.M))
+
+
+def test_the_job_set_takes_the_whole_slice():
+    """Chips of the topology = machines times chips of each."""
+    manifest = yaml.safe_load((conftest.ROOT / "launch/gke_jobset.yaml").read_text())
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    x, y = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    resources = pod["containers"][0]["resources"]
+    assert resources["requests"] == resources["limits"]
+    assert job["completions"] == job["parallelism"] == x * y // resources["limits"]["google.com/tpu"]
+
+
+def test_the_job_set_starts_again_unless_a_run_was_refused():
+    manifest = yaml.safe_load((conftest.ROOT / "launch/gke_jobset.yaml").read_text())
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "In")
+    assert rule["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
+    codes = {kind.exit_code for kind in errors.FFLError.__subclasses__()}
+    assert set(rule["onExitCodes"]["values"]) == codes - {errors.Preempted.exit_code}
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0
