@@ -1,4 +1,6 @@
-# Sourced by run.sh and test.sh: makes .venv hold this project, again only where pyproject.toml or the wish changed.
+# shellcheck shell=bash
+# Sourced by the scripts beside it: makes .venv hold this project, anew only where pyproject.toml or the wish
+# changed.
 # Usage: . launch/setup.sh EXTRAS   (a comma-separated list, may be empty); sets $root and $python.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
