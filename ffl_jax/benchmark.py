@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -24,6 +26,10 @@ from ffl_jax.experiment import Experiment, versions
 from ffl_jax.parallel import SHARED, Parallel
 from ffl_jax.progress import FIRST_STEP
 
+# The result, or several in parentheses, and the name; of one in two halves, the second.
+_COLLECTIVE = re.compile(
+    r" = (\([^=]*?\)|\S+) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-done)?\("
+)
 _LOOP_SECONDS = 20.0
 _STREAM_SECONDS = 10.0
 
@@ -72,8 +78,8 @@ class Benchmark:
             f"{config.method.name}, {config.subnetworks.network}, images of "
             f"{'x'.join(map(str, self._experiment.image_shape[:2]))}\n\n"
             "| what | seeds | K | batch | execution | precision | ms | images/s | GFLOP/s (of peak) | "
-            "GB/s (of peak) | compile s | temporary MB |\n"
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+            "GB/s (of peak) | compile s | temporary MB | exchanged MB (messages) |\n"
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
         )
 
     def steps(self, grid: dict[str, list]):
@@ -229,6 +235,7 @@ class Benchmark:
         facts["bytes"] = _count(compiled.cost_analysis(), "bytes accessed")
         memory = compiled.memory_analysis()
         facts["temporary_mb"] = memory.temp_size_in_bytes / 1e6 if memory else None
+        facts["communication"] = communication(compiled.as_text())
         return compiled, facts | {"precision": experiment.config.precision}
 
     def _row(self, what, experiment, seconds, batch_size, facts):
@@ -264,6 +271,7 @@ class Benchmark:
             *rates,
             f"{facts['compile_seconds']:.1f}" if facts.get("compile_seconds") else "",
             f"{facts['temporary_mb']:.0f}" if facts.get("temporary_mb") else "",
+            _exchanged(facts.get("communication")),
         ]
         print("| " + " | ".join(map(str, shown)) + " |", flush=True)
 
@@ -293,6 +301,29 @@ def bandwidth() -> float:
     """Bytes/s, read and written, of a large sum on one device."""
     x = jnp.ones(1 << 26, jnp.float32)
     return 2 * x.nbytes / execution.step_seconds(jax.jit(lambda x: x + 1, donate_argnums=0), x)
+
+
+def communication(program: str) -> dict[str, dict[str, int]]:
+    """{operation: {"bytes", "messages"}} that a program, XLA's text of it, exchanges between devices.
+
+    Bytes are those of the results on one device, so that those of an all-reduce are what is reduced, whatever
+    the algorithm sends for it. The body of a loop counts once.
+    """
+    found = {}
+    for shapes, operation in _COLLECTIVE.findall(program):
+        one = found.setdefault(operation, {"bytes": 0, "messages": 0})
+        one["messages"] += 1
+        for kind, bits, sides in re.findall(r"\b([a-z]+)(\d*)\[([\d,]*)\]", shapes):
+            size = 1 if kind == "pred" else int(bits) // 8
+            one["bytes"] += size * math.prod(int(side) for side in sides.split(",") if side)
+    return found
+
+
+def _exchanged(operations) -> str:
+    if not operations:
+        return ""
+    bytes_, messages = (sum(one[key] for one in operations.values()) for key in ("bytes", "messages"))
+    return f"{bytes_ / 1e6:.2f} ({messages})"
 
 
 def _count(analysis, key) -> float | None:

@@ -106,6 +106,21 @@ def test_streamed_input_says_what_a_worker_makes(run, tmp_path):
     assert "the step above wants" in text
 
 
+def test_what_devices_exchange_is_counted():
+    program = """
+      %all-reduce.1 = (f32[], f32[16,4]{1,0}) all-reduce(%a, %b), channel_id=1, to_apply=%add
+      %gathered = bf16[8,10]{1,0} all-gather(%x), channel_id=2, dimensions={0}
+      %all-reduce-start = f32[3]{0} all-reduce-start(%y), channel_id=3
+      %done = f32[3]{0} all-reduce-done(%all-reduce-start)
+      ROOT %sum = f32[3]{0} add(%done, %all-reduce.1)
+    """
+    assert benchmark.communication(program) == {
+        "all-reduce": {"bytes": 4 + 4 * 64 + 4 * 3, "messages": 2},
+        "all-gather": {"bytes": 2 * 80, "messages": 1},
+    }
+    assert benchmark.communication("%x = f32[3]{0} add(%a, %b)") == {}
+
+
 def test_noise_stands_for_a_dataset():
     for config in (digits.get_config(), folder.get_config()):
         config.data.image_size = 24
