@@ -28,7 +28,7 @@ from ffl_jax.progress import FIRST_STEP
 
 # The result, or several in parentheses, and the name; of one in two halves, the second.
 _COLLECTIVE = re.compile(
-    r" = (\([^=]*?\)|\S+) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-done)?\("
+    r" = (\S+|\(.*?\)) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-done)?\("
 )
 _LOOP_SECONDS = 20.0
 _STREAM_SECONDS = 10.0

@@ -108,7 +108,7 @@ def test_streamed_input_says_what_a_worker_makes(run, tmp_path):
 
 def test_what_devices_exchange_is_counted():
     program = """
-      %all-reduce.1 = (f32[], f32[16,4]{1,0}) all-reduce(%a, %b), channel_id=1, to_apply=%add
+      %all-reduce.1 = (f32[], /*index=1*/f32[16,4]{1,0:T(8,128)}) all-reduce(%a, %b), channel_id=1
       %gathered = bf16[8,10]{1,0} all-gather(%x), channel_id=2, dimensions={0}
       %all-reduce-start = f32[3]{0} all-reduce-start(%y), channel_id=3
       %done = f32[3]{0} all-reduce-done(%all-reduce-start)
