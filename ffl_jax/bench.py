@@ -12,7 +12,7 @@ USAGE = """
 python -m ffl_jax.bench [--config=configs/DATA.py[:PRESETS]] [--config.KEY=VALUE ...]
                         [--parts=step,evaluation,input,loop,start] [--executions=loop,vmap] [--nums=1,2,4]
                         [--precisions=float32,bfloat16] [--batch_sizes=128,1024] [--seeds=1,5]
-                        [--synthetic=CLASSES] [--json=FILE]
+                        [--synthetic=CLASSES [--examples=N]] [--json=FILE]
 
 Parts: `step`, the bare training step on a batch that stays on the device, once for each combination of what
 the lists name; `evaluation`, its step; `input`, the batches alone; `loop`, real training in a folder of its
@@ -42,6 +42,9 @@ def command(argv: list[str]):
         flag_values=values,
         lower_bound=0,
     )
+    flags.DEFINE_integer(
+        "examples", 0, "Images of noise; 0 for 200 batches.", flag_values=values, lower_bound=0
+    )
     flags.DEFINE_string("json", None, "A file for the same numbers.", flag_values=values)
     cli.parse(values, argv, USAGE, config=True)
     for part in values.parts:
@@ -57,7 +60,7 @@ def command(argv: list[str]):
 
     from ffl_jax import benchmark
 
-    bench = benchmark.Benchmark(values.config, values.synthetic)
+    bench = benchmark.Benchmark(values.config, values.synthetic, values.examples)
     print(bench.heading(), flush=True)
     for part in values.parts:
         if part == "step":

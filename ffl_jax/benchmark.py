@@ -42,7 +42,8 @@ class Benchmark:
       rows: what was measured, dictionaries.
     """
 
-    def __init__(self, config, synthetic: int):
+    def __init__(self, config, synthetic: int, examples: int = 0):
+        """Args: synthetic: classes of noise to train on, 0 loads the dataset. examples: of the noise."""
         # Compilation is a part of what is measured.
         jax.config.update("jax_enable_compilation_cache", False)
         config_lib.check(config)
@@ -50,7 +51,7 @@ class Benchmark:
             raise ConfigError(f"config.num_seeds={config.num_seeds}: for the bench, write --seeds=1,2,….")
         self._parallel = Parallel(**config.parallel)
         self._parallel.check_batch_size(config.batch_size, config.accumulate)
-        self._dataset = noise(config, synthetic) if synthetic else data.load(config.data)
+        self._dataset = noise(config, synthetic, examples) if synthetic else data.load(config.data)
         self._experiment = Experiment(config, self._dataset)
         execution.settle(self._experiment, self._parallel)
         self._config = self._experiment.config
@@ -276,8 +277,8 @@ class Benchmark:
         print("| " + " | ".join(map(str, shown)) + " |", flush=True)
 
 
-def noise(config, classes: int):
-    """A dataset of random images of `config.data.image_size` pixels (32 if that is 0), for 200 batches."""
+def noise(config, classes: int, examples: int = 0):
+    """Random images of `config.data.image_size` pixels (32 if that is 0): so many, by default 200 batches."""
     rng, side = np.random.default_rng(0), config.data.image_size or 32
 
     def split(count):
@@ -286,7 +287,11 @@ def noise(config, classes: int):
 
     names = tuple(f"class {index}" for index in range(max(2, classes)))
     return Dataset(
-        "noise", split(200 * config.batch_size), split(config.evaluation.batch_size), names, "noise"
+        "noise",
+        split(examples or 200 * config.batch_size),
+        split(config.evaluation.batch_size),
+        names,
+        "noise",
     )
 
 
