@@ -1,6 +1,6 @@
 """How the cost of a training step grows: measured curves with their slopes, as a table and a picture.
 
-    python benchmarks/cost_curves.py --output=docs/cost.png [--config=configs/cifar100.py:network=resnet20]
+    python benchmarks/cost_curves.py --output=docs/cost.png [--config=configs/cifar100.py:network=resnet8]
                                      [--curves=networks,seeds,depth,devices,examples]
 
 Every point is a `python -m ffl_jax.bench` of its own, on noise of CIFAR's size. The slope is that of a
@@ -108,7 +108,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", required=True, help="the picture, a PNG file")
-    parser.add_argument("--config", default="configs/cifar100.py:network=resnet20")
+    parser.add_argument("--config", default="configs/cifar100.py:network=resnet8")
     parser.add_argument("--curves", default=",".join(CURVES))
     arguments = parser.parse_args()
     curves = {}

@@ -3,6 +3,7 @@
 .ci/run has shellcheck and yamllint read them.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -134,7 +135,10 @@ def started(process, count):
 
 def local(repository, count, *arguments, **changes):
     env = environment(**{"JAX_PLATFORMS": "cpu"} | changes)
-    return start(repository / "launch/local_multiprocess.sh", count, *arguments, env=env)
+    script = repository / "launch/local_multiprocess.sh"
+    # Where the tests run in the background, they were started with SIGINT ignored, which no shell can undo.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return start(script, count, *arguments, env=env, preexec_fn=heed)
 
 
 def test_each_local_process_knows_its_place(repository):

@@ -18,7 +18,7 @@ MAIN = "import conftest; from ffl_jax import cli, main; cli.run(main.command)"
 PATH = {"PYTHONPATH": os.pathsep.join([str(conftest.ROOT), str(conftest.ROOT / "tests")])}
 ARGUMENTS = (
     *("-c", MAIN, "--config=configs/digits.py:network=tiny,epochs=2"),
-    *("--config.batch_size=128", "--config.log_every_steps=4", "--config.data.validation_examples=100"),
+    *("--config.batch_size=128", "--config.log_every_steps=4", "--config.evaluation.every_epochs=2"),
     # Rounding grows from step to step, faster at higher rates.
     *("--config.optimizer.learning_rate=0.01", "--config.parallel.mode=shard_map"),
 )
@@ -93,7 +93,6 @@ def test_two_processes_stop_together_continue_and_equal_one(commands, alone, tmp
     assert not (tmp_path / "nowhere").exists()
     summary, expected = (outputs.read_json(one / "summary.json") for one in (tmp_path, alone))
     assert summary["device"] == expected["device"] == "2 x cpu"
-    assert summary["best"].keys() == expected["best"].keys()
     assert (tmp_path / "curves.png").exists()
 
 
