@@ -119,8 +119,9 @@ class Commands:
 def pytest_collection_modifyitems(items):
     """The longest files first, so that the processes end together."""
     slow = (
-        *("method_test", "parallel_methods_test", "train_test", "data_streaming_test", "main_test"),
-        *("teachers_test", "ffsd_test", "parallel_test", "import_weights_test", "golden_test", "models_test"),
+        *("train_test", "method_test", "seeds_test", "parallel_methods_test", "processes_test", "main_test"),
+        *("data_streaming_test", "bench_test", "teachers_test", "golden_test", "ffsd_test", "parallel_test"),
+        *("launch_test", "precision_test", "import_weights_test", "models_test", "evaluation_test"),
         *("mfef_test", "kdcl_test", "afd_test", "feed_test", "models_mobile_test", "okddip_test", "ffl_test"),
     )
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
