@@ -20,8 +20,7 @@ KINDS = {
     "shared and one more, vmapped": (("tiny",), 1, "vmap", 1),
     "separate": (("tiny",), 0, "loop", 0),
     "separate and one more, vmapped": (("tiny",), 0, "vmap", 1),
-    "mixed": (("tiny", "tiny_wide"), 0, "loop", 0),
-    "mixed and one more": (("tiny", "tiny_wide"), 0, "loop", 1),
+    "mixed": (("tiny", "tiny_wide"), 0, "loop", 1),
 }
 
 

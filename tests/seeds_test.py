@@ -16,8 +16,9 @@ from ffl_jax.parallel import Parallel
 SEEDS = (3, 4)
 
 
-def configuration(num_seeds=2, seed=3, method="ffl", **settings):
-    config = digits.get_config(f"network=tiny,method={method},epochs=2")
+def configuration(num_seeds=2, seed=3, **settings):
+    """KDCL has a view for each sub-network and learns from the validation split: seeds keep all apart."""
+    config = digits.get_config("network=tiny,method=kdcl,epochs=2")
     config.update(seed=seed, num_seeds=num_seeds, batch_size=128, log_every_steps=5)
     config.data.validation_examples = 100
     config.checkpoint.every_steps = 4
@@ -36,23 +37,17 @@ def final_state(workdir):
     return jax.tree.map(np.asarray, state.replace(rng=jax.random.key_data(state.rng)))
 
 
-@pytest.fixture(scope="module", params=["ffl", "kdcl"])
-def method(request):
-    """The second has a view for each sub-network."""
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def joint(method, tmp_path_factory):
+def joint(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("joint")
-    return workdir, train.train(configuration(method=method), workdir)
+    return workdir, train.train(configuration(), workdir)
 
 
-def test_each_seed_equals_its_single_run(method, joint, tmp_path):
+def test_each_seed_equals_its_single_run(joint, tmp_path):
     workdir, summary = joint
     for index, seed in enumerate(SEEDS):
         own, alone = workdir / f"seed_{seed}", tmp_path / str(seed)
-        single = train.train(configuration(1, seed, method), alone)
+        single = train.train(configuration(1, seed), alone)
         state, expected = final_state(own), final_state(alone)
         for (path, leaf), wanted in zip(
             jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
@@ -97,11 +92,11 @@ def test_a_seed_is_a_run_for_other_commands(joint):
         evaluation.evaluate_checkpoint(workdir)
 
 
-def test_complete_seeds_are_left_alone(joint, method):
+def test_complete_seeds_are_left_alone(joint):
     workdir, summary = joint
-    assert train.train(configuration(method=method), workdir) == summary
+    assert train.train(configuration(), workdir) == summary
     (workdir / "seed_4" / "summary.json").unlink()
-    again = train.train(configuration(method=method), workdir)
+    again = train.train(configuration(), workdir)
     assert again["predictors"] == summary["predictors"]
     assert (workdir / "seed_4" / "summary.json").exists()
 
@@ -119,7 +114,6 @@ def stopped_at(step, monkeypatch):
     monkeypatch.setattr(preemption, "requested", lambda: sum(begun) >= step)
 
 
-@pytest.mark.parametrize("method", ["ffl"], indirect=True, scope="module")
 def test_stopped_and_killed_seeds_continue_with_the_same_bits(joint, tmp_path, monkeypatch):
     """Killed between the saves of two seeds: they go on from the newest step that both have."""
     with monkeypatch.context() as patch:
@@ -169,9 +163,9 @@ def test_vectorized_seeds_give_the_same_numbers(tmp_path, monkeypatch):
             np.testing.assert_allclose(line[name], expected[name], rtol=1e-3, atol=atol, err_msg=name)
 
 
-def test_vectorized_step_in_float64(method):
+def test_vectorized_step_in_float64():
     """Two states and two batches at once, and one after the other."""
-    experiment = Experiment(configuration(1, method=method), data.load(digits.get_config().data))
+    experiment = Experiment(configuration(1), data.load(digits.get_config().data))
     made = experiment.method
     views = (made.subnetworks.num,) if made.views else ()
     rng = np.random.default_rng(0)
