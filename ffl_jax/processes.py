@@ -6,6 +6,8 @@ that they need no folder of its.
 
 import json
 import os
+import socket
+import time
 import zlib
 from collections.abc import Sequence
 
@@ -17,6 +19,7 @@ from ffl_jax import preemption
 from ffl_jax.errors import ConfigError, ResourceError
 
 _VARIABLES = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+_JOIN_SECONDS = 240  # to wait for process 0
 _SECONDS = 30  # without a sign of life of another process, until this one ends too
 
 
@@ -36,7 +39,10 @@ def join():
             raise ConfigError(f"{_VARIABLES[key]} must be a whole number, got {value!r}.")
     # JAX's own preemption service would take SIGTERM from `preemption`, which also answers Ctrl-C.
     jax.config.update("jax_enable_preemption_service", False)
-    alone = len(given) == len(_VARIABLES) and "JAX_COORDINATOR_ADDRESS" in os.environ
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    alone = len(given) == len(_VARIABLES) and address is not None
+    if alone and int(given["process_id"]) > 0:
+        _wait_for(address)
     try:
         jax.distributed.initialize(
             cluster_detection_method="deactivate" if alone else None,
@@ -51,6 +57,25 @@ def join():
         ) from error
     except RuntimeError as error:
         raise ResourceError(f"--distributed: the other processes cannot be reached: {error}") from error
+
+
+def _wait_for(address: str):
+    """Until process 0 listens; JAX itself would end this process in five minutes, with no word of ours."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"JAX_COORDINATOR_ADDRESS must be HOST:PORT of process 0, got {address!r}.")
+    end = time.monotonic() + _JOIN_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ResourceError(
+                    f"--distributed: process 0 does not answer at {address} ({error}): start it, or set "
+                    "JAX_COORDINATOR_ADDRESS to where it is."
+                ) from error
+        time.sleep(0.5)
 
 
 def several() -> bool:

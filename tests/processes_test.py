@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ffl_jax import outputs, processes
-from ffl_jax.errors import ConfigError
+from ffl_jax.errors import ConfigError, ResourceError
 
 # The command, where the networks of the tests are known.
 MAIN = "import conftest; from ffl_jax import cli, main; cli.run(main.command)"
@@ -121,6 +121,21 @@ except errors.ConfigError as error:
 def test_variables_are_checked(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES must be a whole number, got 'two'"):
+        processes.join()
+
+
+def test_process_0_that_is_not_there_is_named(monkeypatch):
+    with socket.socket() as taken:  # and listens to nobody
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(processes, "_JOIN_SECONDS", 0.1)
+        with pytest.raises(ResourceError, match=f"process 0 does not answer at {address}"):
+            processes.join()
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "somewhere")
+    with pytest.raises(ConfigError, match="must be HOST:PORT of process 0, got 'somewhere'"):
         processes.join()
 
 
