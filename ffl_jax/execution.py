@@ -1,5 +1,6 @@
 """How copies of one network run: one after another, or by `vmap`, whichever this machine does faster."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -17,19 +18,24 @@ from ffl_jax import outputs, parallel, processes, steps
 from ffl_jax.paths import cache_directory
 
 _MODES = {"loop": False, "vmap": True}
+_SMALL_SIDE = (
+    4  # On a CPU, at 4 vmap was 1.4 to 1.9 times as fast as the loop, at 8 it took 1.2 to 1.7 times as long.
+)
 
 
 def settle(experiment, devices: parallel.Parallel):
     """Makes the method of an experiment run its sub-networks as `config.subnetworks.execution` says.
 
-    For "auto" a CPU takes the loop: a vmapped convolution is a grouped one, which was slower there wherever
-    it was measured. Elsewhere one training step is timed in both ways, once for each machine and
-    configuration; the file `execution.json` in the cache folder remembers it.
+    For "auto" a CPU takes the loop, for a vmapped convolution is a grouped one, which is slower there, except
+    on the smallest maps (docs/performance.md). Elsewhere one training step is timed in both ways, once for
+    each machine and configuration; the file `execution.json` in the cache folder remembers it.
     """
     config, networks = experiment.config, experiment.method.subnetworks
     if config.subnetworks.execution != "auto" or not hasattr(networks, "vectorize") or networks.num == 1:
         return
     if devices.devices[0].platform == "cpu":
+        small = _branch_side(networks, experiment.image_shape) <= _SMALL_SIDE
+        experiment.method = vectorized(experiment.method, small)
         return
     path, key = cache_directory() / "execution.json", _key(experiment, devices)
     seconds = processes.value_of_first(lambda: _remembered(path, key))
@@ -44,6 +50,17 @@ def settle(experiment, devices: parallel.Parallel):
         *(best, 1e3 * seconds[best], other, 1e3 * seconds[other]),
     )
     experiment.method = vectorized(experiment.method, _MODES[best])
+
+
+def _branch_side(networks, image_shape) -> int:
+    """Pixels along the longer side of the maps that the branches begin with."""
+    shape = (1, *image_shape)
+    if networks.shared_stages:
+        trunk = functools.partial(
+            networks.network.clone(stop=networks.shared_stages).init_with_output, train=False
+        )
+        shape = jax.eval_shape(trunk, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
+    return max(shape[1:3])
 
 
 def vectorized(method, vectorize: bool):

@@ -77,12 +77,20 @@ def test_the_faster_one_is_taken_and_remembered(dataset, folder, monkeypatch):
         ("loop", "tiny", accelerator, False),
         ("vmap", "tiny", accelerator, True),
         ("vmap", "tiny", Parallel, True),
-        ("auto", "tiny", Parallel, False),
+        ("auto", "tiny", Parallel, True),  # a CPU, and branches that begin with maps of 4x4
     ],
 )
 def test_nothing_is_measured_where_it_is_known(mode, network, devices, expected, dataset, monkeypatch):
     monkeypatch.setattr(execution, "measure", None)
     assert settled(experiment(dataset, network, mode), devices()) is expected
+
+
+def test_a_cpu_takes_larger_maps_one_after_another(dataset, monkeypatch):
+    """The trunk of one stage leaves 8x8, as the whole networks see."""
+    monkeypatch.setattr(execution, "measure", None)
+    for shared_stages in (0, 1):
+        settings = {"shared_stages": shared_stages}
+        assert settled(experiment(dataset, subnetworks=settings), Parallel()) is False
 
 
 def test_different_networks_have_no_choice(dataset, monkeypatch):
