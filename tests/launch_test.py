@@ -3,7 +3,6 @@
 .ci/run has shellcheck and yamllint read them.
 """
 
-import functools
 import itertools
 import json
 import os
@@ -137,8 +136,9 @@ def local(repository, count, *arguments, **changes):
     env = environment(**{"JAX_PLATFORMS": "cpu"} | changes)
     script = repository / "launch/local_multiprocess.sh"
     # Where the tests run in the background, they were started with SIGINT ignored, which no shell can undo.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    return start(script, count, *arguments, env=env, preexec_fn=heed)
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    heed += "os.execv(sys.argv[1], sys.argv[1:])"
+    return start(sys.executable, "-c", heed, script, count, *arguments, env=env)
 
 
 def test_each_local_process_knows_its_place(repository):
@@ -182,7 +182,7 @@ def test_a_signal_stops_all_local_processes(number, repository):
     code, output, _ = finish(process)
     assert code == 75
     assert sorted(output.splitlines()) == [f"[{i}] {number.name}" for i in range(2)]
-    assert not any(map(alive, pids))
+    wait_until(lambda: not any(map(alive, pids)))  # killed ones need a moment
 
 
 def test_the_others_are_ended_when_one_dies(repository):
@@ -192,7 +192,7 @@ def test_the_others_are_ended_when_one_dies(repository):
     lines = output.splitlines()
     assert sorted(line for line in lines if "{" not in line) == ["[1] SIGTERM", "[2] SIGTERM"]
     assert "ended with code 137, and 2 still run: SIGTERM" in complaints
-    assert not any(alive(pid) for one in said(lines) for pid in one["pids"])
+    wait_until(lambda: not any(alive(pid) for one in said(lines) for pid in one["pids"]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
