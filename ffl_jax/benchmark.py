@@ -49,7 +49,8 @@ class Benchmark:
         config_lib.check(config)
         if config.num_seeds > 1:
             raise ConfigError(f"config.num_seeds={config.num_seeds}: for the bench, write --seeds=1,2,….")
-        self._parallel = Parallel(**config.parallel)
+        # All but the grid of steps has one seed.
+        self._parallel = Parallel(**(config.parallel.to_dict() | {"seeds": 1}))
         self._parallel.check_batch_size(config.batch_size, config.accumulate)
         self._dataset = noise(config, synthetic, examples) if synthetic else data.load(config.data)
         self._experiment = Experiment(config, self._dataset)

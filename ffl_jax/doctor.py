@@ -65,7 +65,8 @@ def command(argv: list[str]):
 
 def _check_configuration(config, config_lib, parallel):
     config_lib.check(config)
-    parallel.Parallel(**config.parallel).check_batch_size(config.batch_size, config.accumulate)
+    devices = parallel.Parallel(**config.parallel, num_seeds=config.num_seeds)
+    devices.check_batch_size(config.batch_size, config.accumulate)
     names = " + ".join(config_lib.network_names(config))
     return f"{config.method.name} with {names}, {config.epochs} epochs of batch {config.batch_size}"
 

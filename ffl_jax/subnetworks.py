@@ -17,7 +17,7 @@ class Stacked(nn.Module):
       num: K.
       shared_stages: how many stages, the stem included, exist once; 0 gives K separate networks.
       vectorize: run the branches by `vmap` instead of one after another; variables and results are the same.
-        A vmapped convolution is a grouped one: fit for accelerators, many times slower on a CPU.
+        A vmapped convolution is a grouped one: fit for accelerators, on a CPU for the smallest maps only.
       remat: keep nothing of trunk and branches between forward and backward pass, but compute it anew.
     """
 

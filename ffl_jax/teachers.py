@@ -81,7 +81,8 @@ def teacher_config(config: ConfigDict, index: int) -> ConfigDict:
     teacher.subnetworks.network = config_lib.teacher_names(config)[index]
     teacher.subnetworks.num = 1
     teacher.subnetworks.shared_stages = 0
-    teacher.parallel.subnetworks = 1
+    # Each is one network of one run, which cannot be spread.
+    teacher.parallel.update(subnetworks=1, seeds=1)
     if config.teachers.epochs not in (0, config.epochs):
         teacher.epochs = config.teachers.epochs
         teacher.optimizer = config_lib.stretch(config.optimizer.to_dict(), teacher.epochs, config.epochs)

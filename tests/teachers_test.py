@@ -191,10 +191,12 @@ def test_what_a_teacher_is_trained_with():
     config.optimizer_rules = (("loss/translators_.*", {"weight_decay": 0.0}),)
     config.subnetworks.update({"num": 2, "shared_stages": 2})
     config.teachers.update({"network": "resnet14+resnet8+resnet8", "runs": ("a", "b", "c")})
+    config.parallel.update({"mode": "shard_map", "subnetworks": 2, "seeds": 2})
     for epochs in (0, 300):
         config.teachers.epochs = epochs
         plain = teachers.teacher_config(config, 0)
         config_lib.check(plain)
+        assert (plain.parallel.mode, plain.parallel.subnetworks, plain.parallel.seeds) == ("shard_map", 1, 1)
         assert plain.epochs == 300
         assert plain.optimizer == config.optimizer
         assert plain.optimizer_rules == ()
