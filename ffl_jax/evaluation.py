@@ -65,10 +65,12 @@ class Evaluator:
         self._sweep = Sweep(steps.eval_step, method, split, config, parallel)
         self._parallel, self._num_seeds = parallel, config.num_seeds
 
-    def __call__(self, state: steps.TrainState) -> list[dict[str, dict[str, float]]] | None:
-        """{prediction: scores} of a state on the devices, for each seed; None if a signal came.
+    def __call__(self, state: steps.TrainState) -> list[dict[str, dict]] | None:
+        """The scores of a state on the devices, for each seed; None if a signal came. The state stays.
 
-        The state stays as it is.
+        Returns:
+          `predictions`: {prediction: {score: number}}. `reliability`: {prediction: its diagram}. `diversity`:
+          {score: a K x K list}, or {}; all of them JSON-able, see `metrics`.
         """
         sums = self._sweep(state)
         if sums is None:
@@ -77,7 +79,19 @@ class Evaluator:
         seeds = [sums]
         if self._num_seeds > 1:
             seeds = [jax.tree.map(lambda x, k=k: x[k], sums) for k in range(self._num_seeds)]
-        return [{name: metrics.classification_scores(one) for name, one in sums.items()} for sums in seeds]
+        return [_scores(sums) for sums in seeds]
+
+
+def _scores(sums):
+    predictions, diversity = sums["predictions"], sums["diversity"]
+    return {
+        "predictions": {name: metrics.classification_scores(one) for name, one in predictions.items()},
+        "reliability": {name: metrics.reliability(one) for name, one in predictions.items()},
+        "diversity": {
+            name: one.tolist()
+            for name, one in (metrics.diversity_scores(diversity).items() if diversity else ())
+        },
+    }
 
 
 def _zeros(step, method, image_shape):
@@ -105,7 +119,7 @@ def evaluate_checkpoint(
       data_dir: where the dataset is now; None where the training had it.
 
     Returns:
-      (step, {prediction: scores}).
+      (step, what `Evaluator` gives for it).
 
     Raises:
       FFLError: there is no such checkpoint or split, or the data is missing or not what was trained on.

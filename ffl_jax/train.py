@@ -59,7 +59,8 @@ class _Training:
             own = ConfigDict(self.config.to_dict())
             own.seed, own.num_seeds = seed, 1
             folder = workdir / f"seed_{seed}" if config.num_seeds > 1 else workdir
-            self.runs.append(Run(Experiment(own, dataset), folder, devices, parallel.num_devices))
+            experiment = Experiment(own, dataset)
+            self.runs.append(Run(experiment, folder, devices, parallel.num_devices, config.num_seeds))
         self.experiment = self.runs[0].experiment
         self.total_steps = self.runs[0].total_steps
         parallel.check_networks(self.experiment.method.subnetworks)
