@@ -28,11 +28,14 @@ def prediction_costs(method, params, model_state, image_shape) -> dict[str, dict
     def predictions(params, model_state, images):
         return method.predictions(method.apply({"params": params, **model_state}, images, train=False))
 
-    costs = {}
+    costs, networks = {}, {}
     for prediction in jax.eval_shape(predictions, params, model_state, images):
         if prediction in method.network_names():
-            # Alone, since slicing stacked parameters looks like a use of all K copies.
-            costs[prediction] = _network_cost(method, params, model_state, images, prediction)
+            # Alone, since slicing stacked parameters looks like a use of all K copies; and each network once.
+            network, variables = _network(method, params, model_state, prediction)
+            if network not in networks:
+                networks[network] = _network_cost(network, variables, images)
+            costs[prediction] = networks[network]
         else:
             costs[prediction] = _cost(
                 lambda *arguments, name=prediction: predictions(*arguments)[name], params, model_state, images
@@ -47,7 +50,8 @@ def _one_after_another(method):
     return method.clone(subnetworks=method.subnetworks.clone(vectorize=False))
 
 
-def _network_cost(method, params, model_state, images, prediction):
+def _network(method, params, model_state, prediction):
+    """(network, shapes of its variables)"""
     taken = {}
 
     def take(variables):
@@ -55,9 +59,12 @@ def _network_cost(method, params, model_state, images, prediction):
         return part
 
     variables = jax.eval_shape(take, {"params": params, **model_state})
+    return taken["network"], variables
 
+
+def _network_cost(network, variables, images):
     def logits(params, model_state, images):
-        return taken["network"].apply({"params": params, **model_state}, images, train=False).logits
+        return network.apply({"params": params, **model_state}, images, train=False).logits
 
     return _cost(logits, variables.pop("params"), variables, images)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ffl_jax import checkpoint, data, metrics, preemption, processes, steps
 from ffl_jax import config as config_lib
@@ -41,7 +42,7 @@ class Sweep:
         # The program adds to sums that it is given, so that nothing waits for the host until the end.
         zero = _zeros(step, method, split.image_shape)
         if config.num_seeds > 1:
-            zero = jax.tree.map(lambda x: jnp.stack([x] * config.num_seeds), zero)
+            zero = jax.tree.map(lambda x: np.stack([x] * config.num_seeds), zero)
         own = parallel_lib.OWN
         self.zero = parallel.place(zero, own)
         self.program = parallel.map(add, (own, own, inputs.arrays))
@@ -104,7 +105,7 @@ def _zeros(step, method, image_shape):
         }
         return step({"params": params, **model_state}, batch)
 
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums))
 
 
 def evaluate_checkpoint(

@@ -15,7 +15,7 @@ def results(commands, tmp_path_factory):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("devices", evaluation_script.DEVICES)
 def test_every_example_counts_once(results, devices):
     """In batches of 8, whatever the size: counts equal NumPy's exactly, losses within float32."""
     images = (np.array(results["images"]) / 255 - 0.5) / 0.25
@@ -38,7 +38,7 @@ def test_diversity_does_not_depend_on_the_devices(results):
     for size in evaluation_script.SIZES:
         one = results["scores"][f"1 {size}"]["diversity"]
         assert one.keys() == {"disagreement", "kl", "cka"}
-        for devices in (2, 4, 8):
+        for devices in evaluation_script.DEVICES[1:]:
             other = results["scores"][f"{devices} {size}"]["diversity"]
             for name, values in one.items():
                 np.testing.assert_allclose(other[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
