@@ -226,7 +226,7 @@ def _loss_curves(groups: Sequence[Group], theme: Theme) -> Figure | None:
 
 
 def _late(curves) -> np.ndarray | None:
-    """The values of long curves after a quarter of the run, where differences are small; None for short ones."""
+    """Values of long curves after a quarter of the run, where differences are small; None for short ones."""
     curves = [curve for curve in curves if curve]
     if not curves or max(len(epochs) for epochs, _ in curves) < 20:
         return None
@@ -451,8 +451,8 @@ _FIGURES = {
         _accuracy,
         "Accuracy",
         "Dots are seeds, bars their mean, open marks the means of other predictions; the dashed line is "
-        "independent training. Right: intervals that leave out zero are coloured; one in twenty does so by mere "
-        "chance.",
+        "independent training. Right: intervals that leave out zero are coloured; by mere chance, one in twenty "
+        "does.",
         "nothing to show",
     ),
     "curves": (
@@ -465,8 +465,8 @@ _FIGURES = {
     "losses": (
         _loss_curves,
         "Cross-entropy over the epochs",
-        "Of the shipped prediction with the labels, without any distillation term, so that methods compare. Of "
-        "long runs, the first quarter may lie outside.",
+        "Of the shipped prediction with the labels, without any distillation term, so that methods compare. "
+        "Of long runs, the first quarter may lie outside.",
         "no epoch is in metrics.jsonl of all seeds of a row",
     ),
     "cost": (
@@ -478,8 +478,8 @@ _FIGURES = {
     "reliability": (
         _reliability,
         "Reliability",
-        "Test split, all seeds together, 15 bins of confidence. Below the diagonal a network is too sure, above "
-        "it too modest; ECE is the mean distance from it, weighted by the bins' share of images.",
+        "Test split, all seeds together, 15 bins of confidence. Below the diagonal a network is too sure, "
+        "above it too modest; ECE is the mean distance from it, weighted by the bins' share of images.",
         "the runs record no `reliability`",
     ),
     "diversity": (

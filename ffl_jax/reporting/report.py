@@ -18,6 +18,7 @@ class Section:
     Attributes:
       dataset: its name.
       headline: a sentence or two on what the tables say.
+      common: settings that all runs share, or "".
       warnings, notes: of `comparability`.
       tables, pictures: in the order in which they are shown.
       missing: figures that could not be drawn, and why.
@@ -25,6 +26,7 @@ class Section:
 
     dataset: str
     headline: str
+    common: str
     warnings: list[str]
     notes: list[str]
     tables: list[tables.Table]
@@ -75,7 +77,16 @@ def _section(dataset: str, members: list[groups.Group], sources: tables.Sources)
         tables.beside_published(members, sources),
     ]
     pictures, missing = figures.draw(members, re.sub(r"[^A-Za-z0-9_-]", "_", dataset))
-    return Section(dataset, _headline(members), warnings, notes, list(filter(None, shown)), pictures, missing)
+    return Section(
+        dataset,
+        _headline(members),
+        comparability.common(members),
+        warnings,
+        notes,
+        list(filter(None, shown)),
+        pictures,
+        missing,
+    )
 
 
 def _headline(members: list[groups.Group]) -> str:
@@ -97,7 +108,7 @@ def _headline(members: list[groups.Group]) -> str:
             place.append(comparability.name(member, members))
     if above or below or unclear:
         text += (
-            f" Against independent training, by the 95 % interval over seeds: above: {', '.join(above) or 'none'}; "
+            f" Against independent training, by the 95 % interval: above: {', '.join(above) or 'none'}; "
             f"below: {', '.join(below) or 'none'}; not told apart: {', '.join(unclear) or 'none'}."
         )
     return text

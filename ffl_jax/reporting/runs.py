@@ -203,8 +203,8 @@ def _refuse_twins(runs: list[Run]):
             )
             differ = f"which differ in config.{', config.'.join(keys)}" if keys else "of equal configuration"
             raise ConfigError(
-                f"two runs of {run.method} on {run.dataset} with {'+'.join(run.networks)} have seed {run.seed}: "
-                f"{other.folder} and {run.folder}, {differ}; leave one out, or report them one by one."
+                f"two runs of {run.method} on {run.dataset} with {'+'.join(run.networks)} have seed "
+                f"{run.seed}: {other.folder} and {run.folder}, {differ}; leave one out."
             )
         seen[identity] = run
 

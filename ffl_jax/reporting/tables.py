@@ -83,9 +83,9 @@ def accuracy(groups: Sequence[Group], sources: Sources) -> Table:
     columns = ["method", "networks", "seeds", "epochs", "ships", "top-1 %", "chosen by validation"]
     columns += ["against independent, points", "published %", "its other predictions, top-1 %"]
     caption = (
-        "Test split. Top-1 of the prediction to ship after the last epoch, and after the epoch that the validation "
-        "split chose: mean ± sample standard deviation over seeds. Against independent: the mean difference to "
-        "`sub_0` of `independent`, seed by seed, and its 95 % Student-t interval."
+        "Test split. Top-1 of the prediction to ship after the last epoch, and after the epoch that the "
+        "validation split chose: mean ± sample standard deviation over seeds. Against independent: mean "
+        "difference to `sub_0` of `independent`, seed by seed, its 95 % Student-t interval, and how many seeds."
     )
     return _without_empty("Accuracy", caption, columns, rows)
 
@@ -111,7 +111,7 @@ def cost(groups: Sequence[Group]) -> Table:
                 _amount(size.get("flops"), scaled),
                 _amount(flops and flops.mean, scaled),
                 _amount(seconds and seconds.mean, duration),
-                _amount(speed and speed.mean, lambda x: f"{x:,.0f}"),
+                _plain(speed, 0),
                 _plain(diversity[0], 1, 100),
                 *(_plain(one, 3) for one in diversity[1:]),
             ]
@@ -119,10 +119,10 @@ def cost(groups: Sequence[Group]) -> Table:
     columns = ["method", "networks", "NLL", "ECE", "top-5 %", "parameters", "FLOPs", "training FLOPs"]
     columns += ["training time", "images/s", "disagreement %", "KL", "CKA"]
     caption = (
-        "Of the prediction to ship, after the last epoch: negative log-likelihood in nats, calibration error 0..1, "
-        "size, and FLOPs of one image (a multiply-add counts two). Of its training: all FLOPs and seconds, and "
-        "images/s without evaluation and compilation. Of the sub-networks, on average over their pairs: images "
-        "with different answers, KL of their probabilities in nats, and linear CKA of their features."
+        "Of the prediction to ship, after the last epoch: negative log-likelihood in nats, calibration error "
+        "0..1, size, and FLOPs of one image (a multiply-add counts two). Of its training: all FLOPs, all time, "
+        "and images/s without evaluation and compilation. Of the sub-networks, on average over their pairs: "
+        "images with different answers, KL of their probabilities in nats, linear CKA of their features."
     )
     return _without_empty("Calibration and cost", caption, columns, rows)
 
@@ -162,15 +162,15 @@ def beside_published(groups: Sequence[Group], sources: Sources) -> Table | None:
     ]
     columns += ["which epoch", "recipe and remarks"]
     caption = (
-        "A published figure and a measured one compare only where the recipe is the same: epochs, batch size, weight "
-        "decay, schedule, augmentation, number and kind of networks, and which epoch was taken. † second-hand: not "
-        "read where it was first published. `–`: not said."
+        "A published figure and a measured one compare only where the recipe is the same: epochs, batch size, "
+        "weight decay, schedule, augmentation, number and kind of networks, and which epoch was taken. "
+        "†: second-hand, not read where it was first published. `–`: not said."
     )
     return Table("Beside published figures", caption, columns, rows)
 
 
 def results(datasets: dict[str, list[Group]]) -> str:
-    """CSV: a row for each prediction of each group, every number as it is (accuracies 0..1, std empty for one)."""
+    """CSV: a row for each prediction of each group, numbers as they are (accuracies 0..1)."""
     rows = []
     for dataset, groups in datasets.items():
         for group in groups:
@@ -312,7 +312,7 @@ def _difference(one: Difference | None) -> Cell:
     text = f"{100 * one.mean:+.2f}"
     if one.low is not None:
         text += f" [{100 * one.low:+.2f}, {100 * one.high:+.2f}]"
-    return Cell(f"{text}, {one.count} seed{'s' if one.count > 1 else ''}".replace("-", "−"), 100 * one.mean)
+    return Cell(f"{text}, n = {one.count}".replace("-", "−"), 100 * one.mean)
 
 
 def _others(group: Group) -> str:
