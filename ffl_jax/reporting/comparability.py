@@ -140,9 +140,10 @@ def _differing(key: str, groups: Sequence[Group], value_of: Callable[[Run], obje
     if len(values) < 2:
         return None
     ordered = sorted(values.items(), key=lambda item: (-len(item[1]), item[0]))
-    total = sum(map(len, values.values()))
+    total = sum(len(group.runs) for group in groups)
     parts = [f"{_short(text)} in {_who(runs, groups)}" for text, runs in ordered]
-    if 2 * len(ordered[0][1]) > total and len(groups) > 2:
+    everyone = sum(map(len, values.values())) == total
+    if everyone and 2 * len(ordered[0][1]) > total and len(groups) > 2:
         parts = [*parts[1:], f"{_short(ordered[0][0])} in all others"]
     return f"`{key}`: {'; '.join(parts)}."
 

@@ -239,8 +239,8 @@ def _labelled(figure, pairs, x, y):
     figure.supxlabel(x, fontsize=9)
     figure.supylabel(y, fontsize=9)
     entries = {}
-    for _, axes in pairs:
-        entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    for _, axes in pairs:  # the first group's colours, which those of independent training are not
+        entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) | entries
     figure.legend(entries.values(), entries, loc="outside upper right", ncols=len(entries))
     return figure
 
@@ -272,7 +272,8 @@ def _reliability(groups: Sequence[Group], theme: Theme) -> Figure | None:
         ece = group.spread(group.shipped, "ece")
         if ece:
             axes.text(0.04, 0.93, f"ECE {ece.mean:.3f}", transform=axes.transAxes, va="top")
-        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        ticks = (0, 0.5, 1)
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=ticks, yticks=ticks)
     return _labelled(figure, pairs, "confidence of the answer", "share")
 
 
@@ -303,12 +304,14 @@ def _diversity(groups: Sequence[Group], theme: Theme) -> Figure | None:
     if not any(curves.values()):
         return None
     figure = Figure(figsize=(_WIDTH, 3.9), layout="constrained")
-    colors = {id(group): theme.lines[i % len(theme.lines)] for i, group in enumerate(groups)}
+    count = len(theme.lines)
+    colors = {id(group): theme.lines[i % count] for i, group in enumerate(groups)}
+    styles = {id(group): ("-", "-.", ":")[i // count % 3] for i, group in enumerate(groups)}
     for axes, (key, (label, factor)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         ends = []
         for group, curve in curves[key]:
             color = theme.reference if group.method == BASELINE else colors[id(group)]
-            style = "--" if group.method == BASELINE else "-"
+            style = "--" if group.method == BASELINE else styles[id(group)]
             _line(axes, curve, color, None, factor, style, band=len(curves[key]) < 4)
             ends.append(
                 (curve[0][-1], factor * curve[1].mean(axis=0)[-1], comparability.name(group, groups), color)
@@ -325,12 +328,14 @@ def _name_ends(axes, ends: list[tuple[float, float, str, str]]):
     gap = (high - low) * 0.052
     ends = sorted(ends, key=lambda end: end[1])
     heights = _spaced([end[1] for end in ends], gap)
-    shift = max(0.0, heights[-1] - high) if heights else 0.0
+    shift = 0.0
+    if heights:  # as a whole, back into the axes
+        shift = max(0.0, heights[-1] - high) or min(0.0, heights[0] - low)
     for (x, y, name, color), height in zip(ends, heights, strict=True):
         axes.annotate(
-            name, (x, y), (1.03, height - shift), xycoords="data", textcoords=("axes fraction", "data"),
-            color=color, fontsize=7.5, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0},
+            name, (x, y), (1.03, height - shift), textcoords=("axes fraction", "data"), color=color,
+            fontsize=7.5, va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
@@ -400,10 +405,21 @@ def _running_cost(axes, points, groups, theme):
     axes.step(
         flops[front], top1[front], where="post", color=theme.reference, linewidth=1, label="best for its cost"
     )
-    for i in front:
+    labelled = []
+    for i in reversed(front):  # the best first; those too near to one that has its name go without
+        place = np.array(
+            [np.log(flops[i] / flops.min()) / np.log(flops.max() / flops.min()), top1[i] / np.ptp(top1)]
+        )
+        if any((np.abs(place - other) < (0.3, 0.06)).all() for other in labelled):
+            continue
+        labelled.append(place)
         group, prediction = points[i][:2]
-        text = f"{comparability.name(group, groups)}\n{prediction}"
-        note = axes.annotate(text, (flops[i], top1[i]), (4, 4), textcoords="offset points", fontsize=7.5)
+        text = f"{comparability.name(group, groups)} {prediction}"
+        right = place[0] > 0.6
+        note = axes.annotate(
+            text, (flops[i], top1[i]), (0 if right else -4, 7), textcoords="offset points", fontsize=7.5,
+            ha="right" if right else "left",
+        )  # fmt: skip
         note.set_path_effects([withStroke(linewidth=3, foreground=theme.paper)])
     axes.set(title="What a prediction costs", xlabel="FLOPs of one image", ylabel="test top-1, %")
     axes.set_xscale("log")
@@ -449,10 +465,10 @@ def _plain_ticks(axes, values):
 _FIGURES = {
     "accuracy": (
         _accuracy,
-        "Accuracy",
+        "At a glance",
         "Dots are seeds, bars their mean, open marks the means of other predictions; the dashed line is "
-        "independent training. Right: intervals that leave out zero are coloured; by mere chance, one in twenty "
-        "does.",
+        "independent training. Right: intervals that leave out zero are coloured; one in twenty does so "
+        "by chance.",
         "nothing to show",
     ),
     "curves": (

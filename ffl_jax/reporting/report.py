@@ -49,11 +49,15 @@ def write(folders: Sequence[str], output: Path) -> list[Path]:
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output={output} is a file: give a folder.")
-    finished, unusable, warnings = runs.read(folders)
+    finished, unusable, damaged = runs.read(folders)
     logging.info("%d finished runs, %d that cannot be used.", len(finished), len(unusable))
     datasets = groups.group(finished, unusable)
     placed = [one for members in datasets.values() for member in members for one in member.unusable]
-    warnings += [f"{one.folder}: {one.reason}; left out." for one in unusable if one not in placed]
+    warnings = [f"`{one.folder}`: {one.reason}; left out." for one in unusable if one not in placed]
+    if damaged:
+        first = [f"`{folder}` ({what})" for folder, what in list(damaged.items())[:5]]
+        more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        warnings.append(f"Curves lack something of {', '.join(first)}{more}.")
     sources = tables.Sources()
     sections = [_section(dataset, members, sources) for dataset, members in datasets.items()]
     files = {
@@ -73,6 +77,7 @@ def _section(dataset: str, members: list[groups.Group], sources: tables.Sources)
     warnings, notes = comparability.check(members)
     shown = [
         tables.accuracy(members, sources),
+        tables.predictions(members),
         tables.cost(members),
         tables.beside_published(members, sources),
     ]

@@ -69,15 +69,15 @@ class Unusable:
     identity: tuple | None = None
 
 
-def read(folders: Sequence[str]) -> tuple[list[Run], list[Unusable], list[str]]:
+def read(folders: Sequence[str]) -> tuple[list[Run], list[Unusable], dict[Path, str]]:
     """Reads run folders, and every run inside folders that hold some.
 
     Args:
       folders: runs, workdirs of several seeds, or folders of either.
 
     Returns:
-      (finished runs, those that cannot be used, warnings about damaged files); a run that is named twice is
-      there once.
+      (finished runs, those that cannot be used, {folder: what is wrong with its curves}); a run that is named
+      twice is there once.
 
     Raises:
       ConfigError: a folder is missing or holds no run, none is finished, or two runs differ in nothing that a
@@ -92,9 +92,9 @@ def read(folders: Sequence[str]) -> tuple[list[Run], list[Unusable], list[str]]:
         if not inside:
             raise ConfigError(f"{name} holds no run (no config.json or summary.json): give a --workdir.")
         found |= dict.fromkeys(path.resolve() for path in inside)
-    runs, unusable, warnings = [], [], []
+    runs, unusable, damaged = [], [], {}
     for folder in found:
-        run = _read_run(folder, warnings)
+        run = _read_run(folder, damaged)
         (runs if isinstance(run, Run) else unusable).append(run)
     if not runs:
         first = unusable[0]
@@ -102,7 +102,7 @@ def read(folders: Sequence[str]) -> tuple[list[Run], list[Unusable], list[str]]:
             f"none of {len(unusable)} run(s) can be used: {first.folder}: {first.reason}; finish one first."
         )
     _refuse_twins(runs)
-    return runs, unusable, warnings
+    return runs, unusable, damaged
 
 
 def _search(folder: Path, depth: int):
@@ -123,7 +123,7 @@ def _is_run(folder):
     return any((folder / name).is_file() for name in _FILES)
 
 
-def _read_run(folder: Path, warnings: list[str]) -> Run | Unusable:
+def _read_run(folder: Path, damaged: dict[Path, str]) -> Run | Unusable:
     read = {}
     for name in _FILES[:2]:
         try:
@@ -150,7 +150,7 @@ def _read_run(folder: Path, warnings: list[str]) -> Run | Unusable:
         return Unusable(folder, f"summary.json has no test scores of {summary['deploy']}", identity)
     if config is None:
         return Unusable(folder, "no config.json, so that nobody knows how it was trained", identity)
-    return Run(folder, config, summary, _read_metrics(folder, warnings))
+    return Run(folder, config, summary, _read_metrics(folder, damaged))
 
 
 def _wrong(summary: dict) -> str | None:
@@ -169,12 +169,12 @@ def _wrong(summary: dict) -> str | None:
     return None
 
 
-def _read_metrics(folder: Path, warnings: list[str]) -> list[dict]:
+def _read_metrics(folder: Path, damaged: dict[Path, str]) -> list[dict]:
     path = folder / "metrics.jsonl"
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
-        warnings.append(f"{folder}: metrics.jsonl is missing or cannot be read: no curves of this run.")
+        damaged[folder] = "no metrics.jsonl"
         return []
     rows = []
     for line in lines:
@@ -184,8 +184,7 @@ def _read_metrics(folder: Path, warnings: list[str]) -> list[dict]:
         except (ValueError, KeyError, TypeError):
             continue
     if len(rows) < len(lines):
-        damaged = len(lines) - len(rows)
-        warnings.append(f"{folder}: {damaged} damaged line(s) of metrics.jsonl left out of the curves.")
+        damaged[folder] = f"{len(lines) - len(rows)} damaged line(s)"
     return rows
 
 

@@ -70,24 +70,40 @@ def accuracy(groups: Sequence[Group], sources: Sources) -> Table:
             [
                 Cell(group.method),
                 Cell(comparability.networks(group.networks)),
-                Cell(f"{len(group.runs)}{lost}", len(group.runs)),
-                _epochs(group),
                 Cell(group.shipped),
                 percent(shipped),
                 percent(best),
                 _difference(difference(group, reference) if reference else None),
-                Cell(", ".join(f"{_figure(one)} {sources.mark(one)}" for one in figures) or NONE),
-                Cell(_others(group) or NONE),
+                Cell(_quoted(figures, sources)),
+                Cell(f"{len(group.runs)}{lost}", len(group.runs)),
+                _epochs(group),
             ]
         )
-    columns = ["method", "networks", "seeds", "epochs", "ships", "top-1 %", "chosen by validation"]
-    columns += ["against independent, points", "published %", "its other predictions, top-1 %"]
+    columns = ["method", "networks", "ships", "top-1 %", "chosen by validation, %"]
+    columns += ["against independent, points", "published, %", "seeds", "epochs"]
     caption = (
         "Test split. Top-1 of the prediction to ship after the last epoch, and after the epoch that the "
         "validation split chose: mean ± sample standard deviation over seeds. Against independent: mean "
-        "difference to `sub_0` of `independent`, seed by seed, its 95 % Student-t interval, and how many seeds."
+        "difference to `sub_0` of `independent`, seed by seed, its 95 % Student-t interval, and n seeds."
     )
     return _without_empty("Accuracy", caption, columns, rows)
+
+
+def predictions(groups: Sequence[Group]) -> Table:
+    """A row for each group: top-1 of all that it can predict with."""
+    rows = []
+    for group in groups:
+        kinds = {"network": [], "ensemble": [], "fused": [], "teacher": []}
+        for name in group.predictions:
+            kind = next((kind for kind in ("teacher", "ensemble", "fused") if kind in name), "network")
+            kinds[kind].append(f"{name} {percent(group.spread(name, 'top1')).text}")
+        rows.append([Cell(group.method), *(Cell(", ".join(texts) or NONE) for texts in kinds.values())])
+    caption = (
+        "Test top-1 in percent after the last epoch, mean ± sample standard deviation over seeds: of each network "
+        "alone, the one to ship first; of means of several networks; of fusion modules and gates; of teachers."
+    )
+    columns = ["method", "one network", "ensemble", "fused", "teachers"]
+    return _without_empty("Every prediction", caption, columns, rows)
 
 
 def cost(groups: Sequence[Group]) -> Table:
@@ -120,7 +136,7 @@ def cost(groups: Sequence[Group]) -> Table:
     columns += ["training time", "images/s", "disagreement %", "KL", "CKA"]
     caption = (
         "Of the prediction to ship, after the last epoch: negative log-likelihood in nats, calibration error "
-        "0..1, size, and FLOPs of one image (a multiply-add counts two). Of its training: all FLOPs, all time, "
+        "0..1, size, and FLOPs of one image (a multiply-add counts two). Of its training: all FLOPs, time, "
         "and images/s without evaluation and compilation. Of the sub-networks, on average over their pairs: "
         "images with different answers, KL of their probabilities in nats, linear CKA of their features."
     )
@@ -162,8 +178,8 @@ def beside_published(groups: Sequence[Group], sources: Sources) -> Table | None:
     ]
     columns += ["which epoch", "recipe and remarks"]
     caption = (
-        "A published figure and a measured one compare only where the recipe is the same: epochs, batch size, "
-        "weight decay, schedule, augmentation, number and kind of networks, and which epoch was taken. "
+        "A published figure and a measured one compare only where the recipe is the same: epochs, batch "
+        "size, weight decay, schedule, augmentation, number and kind of networks, and which epoch was taken. "
         "†: second-hand, not read where it was first published. `–`: not said."
     )
     return Table("Beside published figures", caption, columns, rows)
@@ -315,6 +331,7 @@ def _difference(one: Difference | None) -> Cell:
     return Cell(f"{text}, n = {one.count}".replace("-", "−"), 100 * one.mean)
 
 
-def _others(group: Group) -> str:
-    names = [name for name in group.predictions if name != group.shipped]
-    return ", ".join(f"{name} {percent(group.spread(name, 'top1')).text}" for name in names)
+def _quoted(figures: Sequence[published.Figure], sources: Sources) -> str:
+    """The first two; a table of their own has them all."""
+    texts = [f"{_figure(one)} {sources.mark(one)}" for one in figures[:2]]
+    return ", ".join(texts) + (f", {len(figures) - 2} more" if len(figures) > 2 else "") or NONE
