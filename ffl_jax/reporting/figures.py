@@ -335,7 +335,9 @@ def _name_ends(axes, ends: list[tuple[float, float, str, str]]):
         axes.annotate(
             name, (x, y), (1.03, height - shift), textcoords=("axes fraction", "data"), color=color,
             fontsize=7.5, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)},
+            arrowprops={
+                "arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.5, "relpos": (0, 0.5),
+            },
         )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def accuracy(groups: Sequence[Group], sources: Sources) -> Table:
         best = spread(group.best_scores(group.shipped))
         reference = baseline(group, groups)
         figures = [one for one in _published(group) if one.prediction != "ensemble"]
-        lost = f" ({len(group.unusable)} unfinished)" if group.unusable else ""
+        lost = f" of {len(group.runs) + len(group.unusable)}" if group.unusable else ""
         rows.append(
             [
                 Cell(group.method),
@@ -99,8 +99,9 @@ def predictions(groups: Sequence[Group]) -> Table:
             kinds[kind].append(f"{name} {percent(group.spread(name, 'top1')).text}")
         rows.append([Cell(group.method), *(Cell(", ".join(texts) or NONE) for texts in kinds.values())])
     caption = (
-        "Test top-1 in percent after the last epoch, mean ± sample standard deviation over seeds: of each network "
-        "alone, the one to ship first; of means of several networks; of fusion modules and gates; of teachers."
+        "Test top-1 in percent after the last epoch, mean ± sample standard deviation over seeds: of each "
+        "network alone, the one to ship first; of means of several networks; of fusion modules and gates; of "
+        "teachers."
     )
     columns = ["method", "one network", "ensemble", "fused", "teachers"]
     return _without_empty("Every prediction", caption, columns, rows)
