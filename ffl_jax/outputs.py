@@ -10,10 +10,14 @@ from absl import logging
 
 def write_json(path: Path, values: dict):
     """Writes `values` so that a reader sees the old file or the new one, never a part."""
+    write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes):
+    """Writes a file so that a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")
+    with open(temporary, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -122,6 +122,7 @@ def pytest_collection_modifyitems(items):
         *("train_test", "method_test", "seeds_test", "parallel_methods_test", "processes_test", "main_test"),
         *("data_streaming_test", "bench_test", "teachers_test", "golden_test", "ffsd_test", "parallel_test"),
         *("launch_test", "precision_test", "import_weights_test", "models_test", "evaluation_test"),
+        *("report_test",),
         *("mfef_test", "kdcl_test", "afd_test", "feed_test", "models_mobile_test", "okddip_test", "ffl_test"),
     )
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
