@@ -11,7 +11,7 @@ from absl import flags
 from conftest import MAIN
 from PIL import Image
 
-from ffl_jax import cli, main
+from ffl_jax import main
 from ffl_jax.errors import ConfigError, DatasetError
 
 
@@ -22,7 +22,6 @@ def refused(monkeypatch, tmp_path):
 
     def run(error, *arguments):
         argv = ["main", *arguments]
-        monkeypatch.setattr(cli.sys, "argv", argv)
         with pytest.raises(error) as raised:
             main.command(argv)
         return str(raised.value)
