@@ -105,7 +105,10 @@ class Run:
         self.workdir.mkdir(parents=True, exist_ok=True)
         outputs.write_json(self.workdir / "config.json", config_lib.to_json(config))
         with contextlib.ExitStack() as stack:
-            self._log = outputs.MetricsLog(self.workdir, self._metrics_bytes, step)
+            wandb_run = None
+            if config.wandb:
+                wandb_run = outputs.start_wandb(config.wandb, self.workdir, config_lib.to_json(config))
+            self._log = outputs.MetricsLog(self.workdir, self._metrics_bytes, step, wandb_run)
             stack.callback(self._log.close)
             self._newest = stack.enter_context(checkpoint.Checkpoints(self.directory, config.checkpoint.keep))
             if self.experiment.dataset.validation is not None:
@@ -155,6 +158,17 @@ class Run:
                 self._log.write_speed(step, images_per_second)
         return sum(terms[name] for name in method.trains), scores[method.headline]["top1"]
 
+    def write_images(self, images: np.ndarray, step: int):
+        """Shows augmented images as the networks see them, normalised [B, H, W, 3] or [K, B, H, W, 3]."""
+        if not self._writes:
+            return
+        data = self.experiment.config.data
+        pixels = np.clip(np.rint(255 * (images * np.array(data.std) + np.array(data.mean))), 0, 255)
+        views = pixels.astype(np.uint8) if images.ndim == 5 else pixels.astype(np.uint8)[None]
+        for k, view in enumerate(views):
+            name = f"train/batch/view_{k}" if len(views) > 1 else "train/batch"
+            self._log.write_images(step, name, view)
+
     def write_scores(self, scores: dict[str, dict], step: int, state):
         """Writes the scores of every split, draws the curves, keeps the state if validation prefers it.
 
@@ -178,8 +192,10 @@ class Run:
         if not self._writes:
             return
         self._tell_alarms(epoch)
+        if config.log_histograms:
+            self._log.write_histograms(step, {"params": jax.device_get(state().params)})
         title = f"{config.method.name} · {config.subnetworks.network} · {config.data.name}"
-        outputs.draw_curves(self.workdir, title)
+        outputs.draw_curves(self.workdir, title, self.experiment.method.headline)
 
     def _tell_alarms(self, epoch: float):
         """Logs what has begun to look wrong since the last evaluation; again after a restart."""

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from configs import digits
-from ffl_jax import checkpoint, config, data, errors, outputs, preemption, train
+from ffl_jax import checkpoint, config, data, errors, metrics, outputs, preemption, train
+from ffl_jax.data import resident
 from ffl_jax.experiment import Experiment
 
 # 2 epochs of 45 steps on the digits, saved and logged at odd places.
@@ -124,6 +125,7 @@ def test_files_of_a_run(reference):
     assert checkpoint.steps(reference / "checkpoints") == [STEPS - 5, STEPS]
     events = next((reference / "tensorboard").iterdir())
     assert b"train/cross_entropy/sub_0" in events.read_bytes()
+    assert b"train/batch" in events.read_bytes()
     assert (reference / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -307,6 +309,39 @@ def test_stopped_before_or_within_the_last_evaluation(tmp_path, monkeypatch, ask
     content = log.read_bytes()
     assert train.train(settings, tmp_path) == summary
     assert log.read_bytes() == content
+
+
+def test_augmented_images_and_alarms_are_shown(tmp_path, monkeypatch, caplog):
+    """The views of KDCL's networks, said to be identical to see the alarm, once; histograms on request."""
+    shown, histograms = {}, []
+    monkeypatch.setattr(
+        outputs.MetricsLog, "write_images", lambda log, step, name, images: shown.update({name: images})
+    )
+    monkeypatch.setattr(
+        outputs.MetricsLog, "write_histograms", lambda log, step, tree: histograms.append((step, tree))
+    )
+    one = {name: np.full((2, 2), value) for name, value in (("disagreement", 0), ("kl", 1e-9), ("cka", 1))}
+    monkeypatch.setattr(metrics, "diversity_scores", lambda sums: one)
+    settings = digits.get_config("epochs=2,network=tiny,method=kdcl")
+    settings.evaluation.every_epochs = 1
+    settings.log_histograms = True
+    train.train(settings, tmp_path)
+    assert caplog.text.count("sub_0 and sub_1 have become identical") == 1
+    assert [step for step, _ in histograms] == [23, 46]
+    assert "branches" in histograms[0][1]["params"]["subnetworks"]
+
+    assert shown.keys() == {"train/batch/view_0", "train/batch/view_1"}
+    first, second = shown.values()
+    assert first.shape == second.shape == (32, 8, 8, 3)
+    assert (first != second).mean() > 0.1
+    images = data.load(settings.data).train.images
+    order = resident.epoch_order(0, 0, len(images), settings.batch_size)[0]
+    centres = {tuple(image[3:5, 3:5].ravel()) for image in first}  # not beyond any padding
+    windows = np.lib.stride_tricks.sliding_window_view(images[order[:32]], (2, 2), (1, 2))
+    windows = np.moveaxis(windows, 3, -1).reshape(-1, 12)
+    assert centres <= {tuple(window) for window in windows} | {
+        tuple(window.reshape(2, 2, 3)[:, ::-1].ravel()) for window in windows
+    }
 
 
 def test_no_room_for_checkpoints(tmp_path, monkeypatch):
