@@ -270,7 +270,7 @@ def escape(text: str) -> str:
 
 def scaled(value: float) -> str:
     """23514410 -> "23.5 M"."""
-    power = min(max(int(math.log10(value)) // 3, 0), 7) if value > 0 else 0
+    power = min(max(int(math.log10(value)) // 3, 0), 7) if 0 < value < math.inf else 0
     return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z')[power]}".strip()
 
 
