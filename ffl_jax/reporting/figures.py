@@ -279,12 +279,16 @@ def _reliability(groups: Sequence[Group], theme: Theme) -> Figure | None:
 
 def _bins(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Counts, mean confidences and accuracies of the bins over all seeds; None where one lacks them."""
-    tables = [run.summary.get("reliability", {}).get(group.shipped) for run in group.runs]
-    if not all(tables):
+    recorded = [run.summary.get("reliability", {}).get(group.shipped) for run in group.runs]
+    try:
+        bins = np.array(
+            [[one[key] for key in ("count", "confidence", "accuracy")] for one in recorded], float
+        )
+    except (TypeError, ValueError, KeyError):  # not recorded, or damaged
         return None
-    count, confidence, accuracy = (
-        np.array([one[key] for one in tables], float) for key in ("count", "confidence", "accuracy")
-    )
+    if bins.ndim != 3 or not bins[:, 0].any():
+        return None
+    count, confidence, accuracy = bins.transpose(1, 0, 2)
     total = count.sum(axis=0)
     some = np.maximum(total, 1e-12)
     return total, (count * confidence).sum(axis=0) / some, (count * accuracy).sum(axis=0) / some

@@ -93,7 +93,11 @@ class Group:
           (epochs [N], values [runs, N]), or None where a run lacks it or no epoch is common.
         """
         lines = [
-            {row["epoch"]: row[key] for row in run.metrics if row["split"] == split and key in row}
+            {
+                row["epoch"]: row[key]
+                for row in run.metrics
+                if row["split"] == split and isinstance(row.get(key), int | float)
+            }
             for run in self.runs
         ]
         epochs = sorted(set.intersection(*(set(line) for line in lines)))

@@ -1,6 +1,7 @@
 """Finds run folders and reads what they hold, whatever state a run was left in."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from ffl_jax.errors import ConfigError
 
 _FILES = ("config.json", "summary.json", "metrics.jsonl")
 _NO_RUNS = ("checkpoints", "tensorboard", "teachers")  # folders inside a run that are no runs to compare
+# What not every version of a summary has; of another kind than this, it counts as missing.
+_EXTRAS = {"best": dict, "reliability": dict, "diversity": dict, "training": dict}
+_EXTRAS |= {"versions": dict, "fingerprint": str, "device": str}
 _DEPTH = 3  # levels of folders that are searched for runs
 
 
@@ -146,11 +150,13 @@ def _read_run(folder: Path, damaged: dict[Path, str]) -> Run | Unusable:
     if summary["status"] != "completed":
         where = f"at step {summary.get('step')}, epoch {_number(summary.get('epoch'))}"
         return Unusable(folder, f"{summary['status']} {where}", identity)
-    if not isinstance(summary["predictors"][summary["deploy"]].get("top1"), int | float):
+    top1 = summary["predictors"][summary["deploy"]].get("top1")
+    if not isinstance(top1, int | float) or not math.isfinite(top1):
         return Unusable(folder, f"summary.json has no test scores of {summary['deploy']}", identity)
     if config is None:
         return Unusable(folder, "no config.json, so that nobody knows how it was trained", identity)
-    return Run(folder, config, summary, _read_metrics(folder, damaged))
+    extras = {key: value for key, value in summary.items() if isinstance(value, _EXTRAS.get(key, object))}
+    return Run(folder, config, extras, _read_metrics(folder, damaged))
 
 
 def _wrong(summary: dict) -> str | None:
@@ -164,6 +170,8 @@ def _wrong(summary: dict) -> str | None:
     predictors = summary["predictors"]
     if not all(isinstance(scores, dict) for scores in predictors.values()):
         return "has 'predictors' of another kind"
+    if not summary["networks"] or not all(isinstance(network, str) for network in summary["networks"]):
+        return f"names no networks: {summary['networks']!r}"
     if summary["deploy"] not in predictors:
         return f"has no predictor {summary['deploy']!r}, which it says to ship"
     return None

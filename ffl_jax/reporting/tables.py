@@ -84,7 +84,8 @@ def accuracy(groups: Sequence[Group], sources: Sources) -> Table:
     caption = (
         "Test split. Top-1 of the prediction to ship after the last epoch, and after the epoch that the "
         "validation split chose: mean ± sample standard deviation over seeds. Against independent: mean "
-        "difference to `sub_0` of `independent`, seed by seed, its 95 % Student-t interval, and n seeds."
+        "difference to `sub_0` of `independent`, seed by seed, its 95 % Student-t interval, and n seeds. "
+        "Published: with what is known of the recipe in a table below; † is second-hand."
     )
     return _without_empty("Accuracy", caption, columns, rows)
 
@@ -96,7 +97,8 @@ def predictions(groups: Sequence[Group]) -> Table:
         kinds = {"network": [], "ensemble": [], "fused": [], "teacher": []}
         for name in group.predictions:
             kind = next((kind for kind in ("teacher", "ensemble", "fused") if kind in name), "network")
-            kinds[kind].append(f"{name} {percent(group.spread(name, 'top1')).text}")
+            text = f"{name} {percent(group.spread(name, 'top1')).text}"
+            kinds[kind].append(text.replace(" ", "\N{NO-BREAK SPACE}"))
         rows.append([Cell(group.method), *(Cell(", ".join(texts) or NONE) for texts in kinds.values())])
     caption = (
         "Test top-1 in percent after the last epoch, mean ± sample standard deviation over seeds: of each "
@@ -270,7 +272,7 @@ def escape(text: str) -> str:
 
 def scaled(value: float) -> str:
     """23514410 -> "23.5 M"."""
-    power = min(max(int(math.log10(value)) // 3, 0), 7) if value > 0 else 0
+    power = min(max(int(math.log10(value)) // 3, 0), 7) if 0 < value < math.inf else 0
     return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z')[power]}".strip()
 
 
