@@ -48,7 +48,7 @@ def accuracy(groups: Sequence[Group], sources: Sources) -> Table:
         "Test split. Top-1 of the prediction to ship after the last epoch, and after the epoch that the "
         "validation split chose: mean ± sample standard deviation over seeds. Against independent: mean "
         "difference to `sub_0` of `independent`, seed by seed, its 95 % Student-t interval, and n seeds. "
-        "Published: with what is known of the recipe in a table below; † is second-hand."
+        "Published figures compare only where the recipe is the same: see the table below; † is second-hand."
     )
     return without_empty("Accuracy", caption, columns, rows)
 
