@@ -17,6 +17,8 @@ from ffl_jax.models import NETWORKS, Network
 from ffl_jax.models.base import batch_norm, conv
 
 ROOT = pathlib.Path(__file__).parent.parent
+# `python -m ffl_jax.main` for `Commands`, where the networks below are known.
+MAIN = ("-c", "import conftest; from ffl_jax import cli, main; cli.run(main.command)")
 # Compiling takes longer than running here, so little is optimised, and loops are fused in jax 0.10's old way,
 # which takes half the time. {option: (here, as users have it)}
 _OPTIONS = {"xla_backend_optimization_level": (0, 3)}
@@ -87,14 +89,12 @@ class Commands:
             "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XDG_CACHE_HOME": str(cache),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         }
 
     def start(self, *command: str, devices: int = 1, cwd=None, env=None) -> subprocess.Popen:
         """Starts `python COMMAND` with that many devices; standard output and error are kept."""
-        # Programs are found in the cache more often than compiled.
-        flags = (os.environ["XLA_FLAGS"], "--xla_backend_optimization_level=1")
-        flags = f"{' '.join(flags)} --xla_force_host_platform_device_count={devices}"
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         environment = self._environment | {"XLA_FLAGS": flags}
         return subprocess.Popen(
             [sys.executable, *map(str, command)],

@@ -89,7 +89,8 @@ def test_a_seed_is_a_run_for_other_commands(joint):
     workdir, summary = joint
     step, scores = evaluation.evaluate_checkpoint(workdir / "seed_4")
     assert step == 22
-    assert scores["sub_0"]["nll"] == pytest.approx(summary["predictors"]["sub_0"]["nll"][1], rel=1e-5)
+    nll = scores["predictions"]["sub_0"]["nll"]
+    assert nll == pytest.approx(summary["predictors"]["sub_0"]["nll"][1], rel=1e-5)
     with pytest.raises(ConfigError, match=r"holds 2 seeds: choose one, such as --workdir=.*/seed_3"):
         evaluation.evaluate_checkpoint(workdir)
 
