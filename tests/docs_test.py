@@ -94,7 +94,7 @@ def user(one_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "train", trained)
     monkeypatch.setattr(sweep, "_run", lambda words: run(f"python -m {shlex.join(words[2:])}") or 0)
-    monkeypatch.setattr(benchmark, "Bench", NoBenchmark)
+    monkeypatch.setattr(benchmark, "Benchmark", NoBenchmark)
 
     def run(line):
         words = shlex.split(line, comments=True)

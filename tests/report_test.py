@@ -14,7 +14,7 @@ from ffl_jax.data import base
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
 from ffl_jax.models import NETWORKS
-from ffl_jax.reporting import comparability, figures, groups, published, report, runs, statistics, tables
+from ffl_jax.reporting import cells, comparability, drawing, groups, published, report, runs, statistics
 
 # Test top-1 of what is shipped, in percent, by seed. FFL: mean 55, deviation the root of (4 + 1 + 9) / 2.
 FFL = {0: 53.0, 1: 54.0, 2: 58.0}
@@ -219,6 +219,19 @@ def test_damaged_lines_of_metrics_are_left_out(tmp_path):
     assert damaged == {folder: "2 damaged line(s)"}
     (folder / "metrics.jsonl").unlink()
     assert runs.read([folder])[2] == {folder: "no metrics.jsonl"}
+
+
+def test_damaged_extras_count_as_missing(tmp_path):
+    runs_folder = write_both(tmp_path / "runs", new=True)
+    damage(runs_folder / "ffl_seed0", reliability="x", diversity=[], training=3, best={"predictors": 1})
+    damage(runs_folder / "ffl_seed1", reliability={"sub_0": {"count": [1], "confidence": []}}, versions=[1])
+    damage(runs_folder / "ffl_seed2", training={"flops": "many", "seconds": float("inf")}, fingerprint=4)
+    with open(runs_folder / "ffl_seed0" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "epoch": 3.0, "split": "test", "sub_0/top1": "good"}\n')
+    report.write([runs_folder], tmp_path / "out")
+    row = rows_of(tmp_path / "out")["ffl", "sub_0"]
+    assert (float(row["top1_mean"]), float(row["training_flops_mean"])) == (pytest.approx(0.55), 2e15)
+    assert row["training_seconds_mean"] == "nan"
 
 
 def test_refusals(tmp_path):
@@ -453,23 +466,23 @@ def test_csv_has_every_number_unrounded(written):
     ("value", "text"), [(0, "0"), (999, "999"), (23514410, "23.5 M"), (1e9, "1 G"), (3.27e16, "32.7 P")]
 )
 def test_large_numbers(value, text):
-    assert tables.scaled(value) == text
+    assert cells.scaled(value) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(97.2, "97 s"), (200, "3 min"), (5025, "1 h 24 min"), (90_000, "25 h 00 min")]
 )
 def test_durations(seconds, text):
-    assert tables.duration(seconds) == text
+    assert cells.duration(seconds) == text
 
 
 def test_markdown_shows_what_is_written():
-    assert tables.escape("a|b <i> `c` *d* sub_0") == "a\\|b \\<i> \\`c\\` \\*d\\* sub_0"
+    assert cells.escape("a|b <i> `c` *d* sub_0") == "a\\|b \\<i> \\`c\\` \\*d\\* sub_0"
 
 
 def test_labels_keep_their_distance():
     """Three that crowd around 1 are centred there; the fourth is far away."""
-    assert figures._spaced([0.9, 1.0, 1.1, 5.0], 1.0) == pytest.approx([0.0, 1.0, 2.0, 5.0])
+    assert drawing.spaced([0.9, 1.0, 1.1, 5.0], 1.0) == pytest.approx([0.0, 1.0, 2.0, 5.0])
 
 
 # -- the page ----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Compares finished runs: reads their folders, counts, warns, draws, and writes one report.
 
-`runs` reads folders, `groups` puts the seeds together, `statistics` counts, `comparability` warns,
-`published` knows other people's figures, `tables`, `figures` and `page` show it all, and `report` calls them
-in turn.
+`runs` reads folders, `groups` puts the seeds together, `statistics` counts, `comparability` warns, and
+`published` knows other people's figures. `tables` (of `cells`), `results` (CSV) and `figures` (by means of
+`drawing`) show it, `page` puts it together, and `report` calls them in turn.
 """

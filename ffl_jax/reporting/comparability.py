@@ -8,7 +8,7 @@ from ffl_jax.reporting.groups import BASELINE, Group, baseline
 from ffl_jax.reporting.runs import Run
 
 # What does not change the numbers of a run, or has its own column.
-_IGNORED = (*(f"{key}." for key in FREE_KEYS), "seed", "num_seeds", "log_every_steps", "subnetworks.network")
+_IGNORED = ("seed", "num_seeds", "subnetworks.network")
 _IGNORED += ("subnetworks.execution", "subnetworks.vectorize", "subnetworks.remat", "teachers.runs")
 _IGNORED += tuple(f"data.{key}" for key in FREE_DATA_KEYS)
 # What methods rightly choose for themselves; the seeds of one method must agree in it all the same.
@@ -115,7 +115,12 @@ def _seeds(groups: Sequence[Group]) -> list[str]:
 
 def _settings(run: Run) -> dict:
     values = flatten(run.config)
-    return {key: value for key, value in values.items() if not key.startswith(_IGNORED)}
+    free = set(FREE_KEYS) - {"epochs"}
+    return {
+        key: value
+        for key, value in values.items()
+        if key.partition(".")[0] not in free and not key.startswith(_IGNORED)
+    }
 
 
 def _data(groups: Sequence[Group]) -> list[str]:

@@ -1,46 +1,29 @@
 """The figures of a report, each in a light and a dark form."""
 
-import io
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from ffl_jax.reporting import comparability
+from ffl_jax.reporting.drawing import (
+    DARK,
+    LIGHT,
+    WIDTH,
+    Theme,
+    draw_line,
+    labelled,
+    late_values,
+    name_ends,
+    plain_ticks,
+    render,
+    small_multiples,
+)
 from ffl_jax.reporting.groups import BASELINE, Group, baseline, difference
 from ffl_jax.reporting.statistics import spread
-from ffl_jax.reporting.tables import scaled
-
-_WIDTH = 10.5  # inches
-_DPI = 130
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours: of the paper, text, lines that matter little, what is shown, and what it is compared with."""
-
-    paper: str
-    text: str
-    faint: str
-    accent: str
-    second: str
-    reference: str
-    lines: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "#ffffff", "#1f2328", "#d5dae1", "#0b63c5", "#c2570c", "#7b8490",
-    ("#0b63c5", "#c2570c", "#1a7f4b", "#8250df", "#b3261e", "#0e7c86", "#8a6d00", "#c2378d", "#4a5a00"),
-)  # fmt: skip
-DARK = Theme(
-    "#161b22", "#e6edf3", "#363d47", "#6cb0ff", "#ffa657", "#9aa4b0",
-    ("#6cb0ff", "#ffa657", "#56d394", "#c9a5ff", "#ff8a80", "#5fd4df", "#e3c341", "#ff9bd2", "#b6d057"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +49,7 @@ def draw(groups: Sequence[Group], prefix: str) -> tuple[list[Picture], list[str]
     """
     pictures, missing = [], []
     for name, (function, title, caption, lacking) in _FIGURES.items():
-        images = [_render(function, groups, theme) for theme in (LIGHT, DARK)]
+        images = [render(function, groups, theme) for theme in (LIGHT, DARK)]
         if None in images:
             missing.append(f"{title}: {lacking}.")
         else:
@@ -74,43 +57,12 @@ def draw(groups: Sequence[Group], prefix: str) -> tuple[list[Picture], list[str]
     return pictures, missing
 
 
-def _render(function: Callable, groups: Sequence[Group], theme: Theme) -> bytes | None:
-    settings = {
-        "font.size": 9,
-        "axes.titlesize": 9.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": theme.faint,
-        "grid.linewidth": 0.6,
-        "axes.edgecolor": theme.faint,
-        "axes.facecolor": theme.paper,
-        "figure.facecolor": theme.paper,
-        "savefig.facecolor": theme.paper,
-        "text.color": theme.text,
-        "axes.labelcolor": theme.text,
-        "axes.titlecolor": theme.text,
-        "xtick.color": theme.text,
-        "ytick.color": theme.text,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-    }
-    with matplotlib.rc_context(settings):
-        figure = function(groups, theme)
-        if figure is None:
-            return None
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=_DPI)
-    return data.getvalue()
-
-
 def _accuracy(groups: Sequence[Group], theme: Theme) -> Figure:
     """Left: every seed and the mean; right: the paired difference and its interval."""
     ordered = sorted(groups, key=lambda group: group.top1)
     references = [baseline(group, groups) for group in ordered]
     compared = any(references)
-    figure = Figure(figsize=(_WIDTH, 1.1 + 0.3 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.1 + 0.3 * len(groups)), layout="constrained")
     both = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2)) if compared else [figure.subplots()]
     left = both[0]
     marks = {"ensemble": "s", "fused": "D"}
@@ -153,57 +105,25 @@ def _differences(axes, ordered, references, theme):
     axes.set(title="Against independent: mean, 95 % interval", xlabel="points")
 
 
-def _small_multiples(groups: Sequence[Group], height: float, **sharing):
-    """(figure, [(group, axes)]), the best group first; places that are not used are empty."""
-    ordered = sorted(groups, key=lambda group: -group.top1)
-    columns = min(5 if len(ordered) > 8 else 4, len(ordered))
-    rows = math.ceil(len(ordered) / columns)
-    width = _WIDTH if columns > 3 else 1 + 2.6 * columns
-    figure = Figure(figsize=(width, height * rows + 0.5), layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False, **sharing).flat
-    pairs = []
-    for i, axes in enumerate(places):
-        if i < len(ordered):
-            pairs.append((ordered[i], axes))
-            axes.set_title(comparability.name(ordered[i], groups), loc="left", fontweight="bold")
-            if i + columns >= len(ordered):
-                axes.tick_params(labelbottom=True)
-        else:
-            axes.set_visible(False)
-    return figure, pairs
-
-
-def _line(axes, curve, color, label, factor=1.0, style="-", band=True, **options):
-    epochs, values = curve[0], factor * curve[1]
-    mean = values.mean(axis=0)
-    marker = "o" if len(epochs) < 12 else None
-    axes.plot(
-        epochs, mean, style, color=color, label=label, marker=marker, markersize=3, linewidth=1.6, **options
-    )
-    if band and len(values) > 1:
-        std = values.std(axis=0, ddof=1)
-        axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
-
-
 def _accuracy_curves(groups: Sequence[Group], theme: Theme) -> Figure | None:
     """A panel for each group, with independent training behind it."""
     curves = {id(group): group.curve("test", f"{group.shipped}/top1") for group in groups}
     if not any(curves.values()):
         return None
-    figure, pairs = _small_multiples(groups, 1.75, sharex=True, sharey=True)
+    figure, pairs = small_multiples(groups, 1.75, sharex=True, sharey=True)
     for group, axes in pairs:
         reference = baseline(group, groups)
         behind = reference and reference.curve("test", "sub_0/top1")
         if behind:
-            _line(axes, behind, theme.reference, BASELINE, 100, "--", band=False, zorder=1)
+            draw_line(axes, behind, theme.reference, BASELINE, 100, "--", band=False, zorder=1)
         if curves[id(group)]:
             color = theme.reference if group.method == BASELINE else theme.accent
-            _line(axes, curves[id(group)], color, "shipped: mean ± std over seeds", 100)
+            draw_line(axes, curves[id(group)], color, "shipped: mean ± std over seeds", 100)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    late = _late(list(curves.values()))
+    late = late_values(list(curves.values()))
     if late is not None:
         pairs[0][1].set_ylim(bottom=max(0, 100 * (late.min() - 0.1 * np.ptp(late))))
-    return _labelled(figure, pairs, "epoch", "test top-1, %")
+    return labelled(figure, pairs, "epoch", "test top-1, %")
 
 
 def _loss_curves(groups: Sequence[Group], theme: Theme) -> Figure | None:
@@ -213,36 +133,16 @@ def _loss_curves(groups: Sequence[Group], theme: Theme) -> Figure | None:
     }
     if not any(curve for both in curves.values() for curve in both.values()):
         return None
-    figure, pairs = _small_multiples(groups, 1.75, sharex=True, sharey=True)
+    figure, pairs = small_multiples(groups, 1.75, sharex=True, sharey=True)
     for group, axes in pairs:
         for split, (color, label) in splits.items():
             if curves[id(group)][split]:
-                _line(axes, curves[id(group)][split], color, f"{label}: mean ± std over seeds")
+                draw_line(axes, curves[id(group)][split], color, f"{label}: mean ± std over seeds")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    late = _late([curve for both in curves.values() for curve in both.values()])
+    late = late_values([curve for both in curves.values() for curve in both.values()])
     if late is not None:
         pairs[0][1].set_ylim(top=late.max() + 0.1 * np.ptp(late))
-    return _labelled(figure, pairs, "epoch", "cross-entropy, nats")
-
-
-def _late(curves) -> np.ndarray | None:
-    """Values of long curves after a quarter of the run, where differences are small; None for short ones."""
-    curves = [curve for curve in curves if curve]
-    if not curves or max(len(epochs) for epochs, _ in curves) < 20:
-        return None
-    begin = max(epochs[-1] for epochs, _ in curves) / 4
-    return np.concatenate([values[:, epochs >= begin].ravel() for epochs, values in curves])
-
-
-def _labelled(figure, pairs, x, y):
-    """Axes' names and one legend for all panels."""
-    figure.supxlabel(x, fontsize=9)
-    figure.supylabel(y, fontsize=9)
-    entries = {}
-    for _, axes in pairs:  # the first group's colours, which those of independent training are not
-        entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) | entries
-    figure.legend(entries.values(), entries, loc="outside upper right", ncols=len(entries))
-    return figure
+    return labelled(figure, pairs, "epoch", "cross-entropy, nats")
 
 
 def _reliability(groups: Sequence[Group], theme: Theme) -> Figure | None:
@@ -251,7 +151,7 @@ def _reliability(groups: Sequence[Group], theme: Theme) -> Figure | None:
     shown = [group for group in groups if sums[id(group)] is not None]
     if not shown:
         return None
-    figure, pairs = _small_multiples(shown, 2.3, sharex=True, sharey=True)
+    figure, pairs = small_multiples(shown, 2.3, sharex=True, sharey=True)
     for group, axes in pairs:
         count, confidence, accuracy = sums[id(group)]
         full = count > 0
@@ -274,7 +174,7 @@ def _reliability(groups: Sequence[Group], theme: Theme) -> Figure | None:
             axes.text(0.04, 0.93, f"ECE {ece.mean:.3f}", transform=axes.transAxes, va="top")
         ticks = (0, 0.5, 1)
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=ticks, yticks=ticks)
-    return _labelled(figure, pairs, "confidence of the answer", "share")
+    return labelled(figure, pairs, "confidence of the answer", "share")
 
 
 def _bins(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
@@ -307,7 +207,7 @@ def _diversity(groups: Sequence[Group], theme: Theme) -> Figure | None:
     }
     if not any(curves.values()):
         return None
-    figure = Figure(figsize=(_WIDTH, 3.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
     count = len(theme.lines)
     colors = {id(group): theme.lines[i % count] for i, group in enumerate(groups)}
     styles = {id(group): ("-", "-.", ":")[i // count % 3] for i, group in enumerate(groups)}
@@ -316,46 +216,14 @@ def _diversity(groups: Sequence[Group], theme: Theme) -> Figure | None:
         for group, curve in curves[key]:
             color = theme.reference if group.method == BASELINE else colors[id(group)]
             style = "--" if group.method == BASELINE else styles[id(group)]
-            _line(axes, curve, color, None, factor, style, band=len(curves[key]) < 4)
+            draw_line(axes, curve, color, None, factor, style, band=len(curves[key]) < 4)
             ends.append(
                 (curve[0][-1], factor * curve[1].mean(axis=0)[-1], comparability.name(group, groups), color)
             )
-        _name_ends(axes, ends)
+        name_ends(axes, ends)
         axes.set(title=label, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return figure
-
-
-def _name_ends(axes, ends: list[tuple[float, float, str, str]]):
-    """Writes each (x, y, name, color) to the right of the axes, at its height or as near as there is room."""
-    low, high = axes.get_ylim()
-    gap = (high - low) * 0.052
-    ends = sorted(ends, key=lambda end: end[1])
-    heights = _spaced([end[1] for end in ends], gap)
-    shift = 0.0
-    if heights:  # as a whole, back into the axes
-        shift = max(0.0, heights[-1] - high) or min(0.0, heights[0] - low)
-    for (x, y, name, color), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            name, (x, y), (1.03, height - shift), textcoords=("axes fraction", "data"), color=color,
-            fontsize=7.5, va="center", annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.5, "relpos": (0, 0.5),
-            },
-        )  # fmt: skip
-
-
-def _spaced(values: list[float], gap: float) -> list[float]:
-    """Ascending values moved apart to at least `gap`, as little as can be done in groups that touch."""
-    blocks: list[tuple[float, int]] = []  # (centre, size) of neighbours that stand at equal distances
-    for value in values:
-        blocks.append((value, 1))
-        while len(blocks) > 1:
-            (a, n), (b, m) = blocks[-2:]
-            if b - a >= gap * (n + m) / 2:
-                break
-            blocks[-2:] = [((a * n + b * m) / (n + m), n + m)]
-    return [centre + gap * (i - (size - 1) / 2) for centre, size in blocks for i in range(size)]
 
 
 def _cost(groups: Sequence[Group], theme: Theme) -> Figure | None:
@@ -380,7 +248,7 @@ def _cost(groups: Sequence[Group], theme: Theme) -> Figure | None:
     if not several and len(training) < 2:
         return None
     count = several + (len(training) > 1)
-    figure = Figure(figsize=(_WIDTH if count == 2 else 0.65 * _WIDTH, 4.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH if count == 2 else 0.65 * WIDTH, 4.2), layout="constrained")
     places = list(figure.subplots(1, count, squeeze=False).flat)
     if several:
         _running_cost(places[0], running, groups, theme)
@@ -429,7 +297,7 @@ def _running_cost(axes, points, groups, theme):
         note.set_path_effects([withStroke(linewidth=3, foreground=theme.paper)])
     axes.set(title="What a prediction costs", xlabel="FLOPs of one image", ylabel="test top-1, %")
     axes.set_xscale("log")
-    _plain_ticks(axes, flops)
+    plain_ticks(axes, flops)
     axes.margins(x=0.15, y=0.12)
     axes.legend(loc="lower right")
 
@@ -446,26 +314,13 @@ def _training_cost(axes, training, groups, theme):
     axes.set(title="What its training took", ylabel="test top-1, %")
     axes.set_xlabel("FLOPs" if key == "flops" else "hours, all starts together")
     axes.set_xscale("log")
-    _plain_ticks(axes, x)
+    plain_ticks(axes, x)
     axes.margins(x=0.1, y=0.08)
     ends = [
         (a, b, comparability.name(group, groups), theme.reference if one else theme.text)
         for a, b, group, one in zip(x, y, shown, alone, strict=True)
     ]
-    _name_ends(axes, ends)
-
-
-def _plain_ticks(axes, values):
-    """A few round numbers on a logarithmic axis that may not hold a single power of ten."""
-    low, high = values.min() / 1.15, values.max() * 1.15
-    power = 10.0 ** np.floor(np.log10(low))
-    ticks = np.unique([step * power * 10**i for i in range(8) for step in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)])
-    ticks = ticks[(ticks >= low) & (ticks <= high)]
-    if len(ticks) > 7:
-        ticks = ticks[:: math.ceil(len(ticks) / 7)]
-    axes.set_xticks(ticks, [scaled(tick) if tick >= 1 else f"{tick:.2g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlim(low, high)
+    name_ends(axes, ends)
 
 
 _FIGURES = {

@@ -8,13 +8,13 @@ import jinja2
 from markupsafe import Markup, escape
 
 from ffl_jax import __version__
-from ffl_jax.reporting import tables
+from ffl_jax.reporting import cells, tables
 
 
 def markdown(sections, warnings: list[str], sources: tables.Sources) -> str:
     """`report.md`: figures are linked by their file names."""
     environment = _environment(autoescape=False)
-    environment.filters |= {"table": tables.markdown, "prose": _prose}
+    environment.filters |= {"table": cells.markdown, "prose": _prose}
     return _render(environment, "report.md.jinja", sections, warnings, sources)
 
 
@@ -42,7 +42,7 @@ def _render(environment, name, sections, warnings, sources):
 def _prose(text: str) -> str:
     """Text in which backticks mark code, for Markdown."""
     parts = text.split("`")
-    return "`".join(part if i % 2 else tables.escape(part) for i, part in enumerate(parts))
+    return "`".join(part if i % 2 else cells.escape(part) for i, part in enumerate(parts))
 
 
 def _code(text: str) -> Markup:

@@ -45,6 +45,11 @@ class Figure:
     second_hand: bool
     note: str
 
+    @property
+    def text(self) -> str:
+        """ "72.18 ± 0.11", in percent."""
+        return f"{self.top1:.2f}" + (f" ± {self.std:.2f}" if self.std is not None else "")
+
 
 def lookup(dataset: str, network: str, method: str) -> list[Figure]:
     """The figures of a method with a network on a dataset, the authors' own first."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ffl_jax import outputs
 from ffl_jax.errors import ConfigError
-from ffl_jax.reporting import comparability, figures, groups, page, runs, tables
+from ffl_jax.reporting import cells, comparability, figures, groups, page, results, runs, tables
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Section:
     common: str
     warnings: list[str]
     notes: list[str]
-    tables: list[tables.Table]
+    tables: list[cells.Table]
     pictures: list[figures.Picture]
     missing: list[str]
 
@@ -62,7 +62,7 @@ def write(folders: Sequence[str], output: Path) -> list[Path]:
     sections = [_section(dataset, members, sources) for dataset, members in datasets.items()]
     files = {
         "report.md": page.markdown(sections, warnings, sources).encode(),
-        "results.csv": tables.results(datasets).encode(),
+        "results.csv": results.text(datasets).encode(),
         "index.html": page.html(sections, warnings, sources).encode(),
     }
     files |= {f"{one.name}.png": one.light for section in sections for one in section.pictures}
@@ -102,7 +102,7 @@ def _headline(members: list[groups.Group]) -> str:
     )
     if len(members) > 1:
         first = max(members, key=lambda member: member.top1)
-        shipped = tables.percent(first.spread(first.shipped, "top1")).text
+        shipped = cells.percent(first.spread(first.shipped, "top1")).text
         text += f" First by what it ships: {comparability.name(first, members)}, {shipped} %."
     above, below, unclear = [], [], []
     for member in members:
