@@ -111,7 +111,9 @@ def _refusal(error: Exception) -> FFLError | None:
     return None
 
 
-def parse(values: flags.FlagValues, argv: list[str], usage: str, config: bool = False):
+def parse(
+    values: flags.FlagValues, argv: list[str], usage: str, config: bool = False, arguments: bool = False
+) -> list[str]:
     """Reads the flags; prints `usage` and ends where `--help` is among them.
 
     Args:
@@ -119,6 +121,10 @@ def parse(values: flags.FlagValues, argv: list[str], usage: str, config: bool = 
       argv: the command line, `sys.argv`.
       usage: what `--help` shows first.
       config: adds `--config=FILE[:PRESETS]` and `--config.KEY=VALUE`, which set what the file gives.
+      arguments: allows arguments that stand alone, before and between the flags too.
+
+    Returns:
+      The arguments that stand alone.
 
     Raises:
       ConfigError: a flag is unknown, or its value of another type, or an argument stands alone; the file is
@@ -128,9 +134,11 @@ def parse(values: flags.FlagValues, argv: list[str], usage: str, config: bool = 
         described = "\n".join(f"  --{name}: {values[name].help}" for name in sorted(values))
         print(f"{usage.strip()}\n\nFlags:\n{described}")
         sys.exit(0)
+    values.set_gnu_getopt(arguments)
     rest = _parse_config(values, argv) if config else values(argv)
-    if len(rest) > 1:
+    if len(rest) > 1 and not arguments:
         raise ConfigError(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
+    return rest[1:]
 
 
 def _parse_config(values, argv):
