@@ -3,8 +3,10 @@
 import importlib
 import json
 import re
+import runpy
 import shlex
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -19,13 +21,14 @@ from ffl_jax.data.base import SOURCES
 from ffl_jax.errors import CheckpointError
 from ffl_jax.methods import METHODS
 from ffl_jax.models import NETWORKS
+from ffl_jax.reporting import report, runs
 
 PAGES = sorted(path.relative_to(ROOT) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
 # What begins so is no command of this package: launch_test.py and CI run the scripts, and other people test
 # theirs.
 OTHERS = (
     *("./launch/", "pip ", "bash ", "sbatch ", "export ", "gcloud ", "docker ", "sed ", "kubectl "),
-    *("python benchmarks/", "python tests/"),
+    *("python benchmarks/", "python tests/", "python docs/example.py"),
 )
 
 
@@ -59,8 +62,8 @@ def user(one_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     images, labels = datasets.load_digits(return_X_y=True)
-    for index, (pixels, label) in enumerate(zip(images[:60], labels, strict=False)):
-        folder = tmp_path / "my_images" / ("test" if index % 3 else "train") / f"class_{label}"
+    for index, (pixels, label) in enumerate(zip(images[:170], labels, strict=False)):
+        folder = tmp_path / "my_images" / ("train" if index < 140 else "test") / f"class_{label}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.uint8(pixels.reshape(8, 8) * 15).repeat(4, 0).repeat(4, 1)).save(
             folder / f"{index}.png"
@@ -92,6 +95,13 @@ def user(one_run, tmp_path, monkeypatch):
 
         rows = machine = ()
 
+    def reported(folders, output):
+        _, unusable, damaged = runs.read(folders)  # or refused
+        assert not unusable
+        assert not damaged
+        return [output]
+
+    monkeypatch.setattr(report, "write", reported)  # report_test.py draws
     monkeypatch.setattr(train, "train", trained)
     monkeypatch.setattr(sweep, "_run", lambda words: run(f"python -m {shlex.join(words[2:])}") or 0)
     monkeypatch.setattr(benchmark, "Benchmark", NoBenchmark)
@@ -110,13 +120,31 @@ def user(one_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_commands(page, user, tmp_path):
     for line in commands_of(page):
-        if line.startswith(OTHERS):
+        if line.startswith(OTHERS) or "--distributed" in line:  # processes_test.py joins processes
             continue
         if "import_weights" in line:  # its own tests have such files
-            with pytest.raises(CheckpointError, match="modelleader_best.pth|Model_300.pth"):
+            with pytest.raises(CheckpointError, match=r"modelleader_best\.pth|Model_300\.pth"):
                 user(line)
             continue
         user(line)
+
+
+def test_the_worked_example(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(sys, "argv", ["example.py", f"--output={tmp_path}", "--network=tiny", "--epochs=2"])
+    runpy.run_path(str(ROOT / "docs/example.py"), run_name="__main__")
+    text = capsys.readouterr().out
+    rates = re.findall(r"(?:top-1|summary says) ([\d.]+) %", text)
+    assert len(rates) == 2
+    assert rates[0] == rates[1]
+    both = re.findall(r"after epoch (\d+): the networks disagree on (\d+) of 360 images", text)
+    assert [epoch for epoch, _ in both] == ["1", "2"]
+    # What the run itself logged.
+    rows = outputs.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    logged = [360 * row["diversity/disagreement"] for row in rows if row["split"] == "test"]
+    np.testing.assert_allclose([int(count) for _, count in both], logged, atol=0.1)
+    with Image.open(tmp_path / "disagreements.png") as image:
+        assert image.width > 1000
 
 
 def test_links_lead_somewhere():
