@@ -1,5 +1,6 @@
 """Scores a whole split: every example exactly once, whatever its size and the number of devices."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -108,22 +109,33 @@ def _zeros(step, method, image_shape):
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums))
 
 
-def evaluate_checkpoint(
-    workdir: Path, step: int | None = None, split: str = "test", data_dir: str | None = None
-):
-    """Scores a checkpoint with nothing but what is in it and the dataset; writes nothing.
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint in memory.
+
+    Attributes:
+      experiment: what it belongs to.
+      step: its step.
+      run: of `experiment.run_record`.
+      state: on one device.
+    """
+
+    experiment: Experiment
+    step: int
+    run: dict
+    state: steps.TrainState
+
+
+def restore_checkpoint(workdir: Path, step: int | None = None, data_dir: str | None = None) -> Restored:
+    """Loads a checkpoint with nothing but what is in it and the dataset.
 
     Args:
       workdir: of a finished or running training.
       step: which checkpoint, kept newest ones and the best; None takes the newest whole one.
-      split: "test", "validation" or "train".
       data_dir: where the dataset is now; None where the training had it.
 
-    Returns:
-      (step, what `Evaluator` gives for it).
-
     Raises:
-      FFLError: there is no such checkpoint or split, or the data is missing or not what was trained on.
+      FFLError: there is no such checkpoint, or the data is missing or not what was trained on.
     """
     directory = Path(workdir) / "checkpoints"
     seeds = sorted(Path(workdir).glob("seed_*/checkpoints"))
@@ -140,10 +152,29 @@ def evaluate_checkpoint(
         config.data.data_dir = data_dir
     experiment = Experiment(config, data.load(config.data))
     check_same(run, experiment, directory / str(step))
+    return Restored(experiment, step, run, checkpoint.restore(directory, step, experiment.abstract_state()))
+
+
+def evaluate_checkpoint(
+    workdir: Path, step: int | None = None, split: str = "test", data_dir: str | None = None
+):
+    """Scores a checkpoint with nothing but what is in it and the dataset; writes nothing.
+
+    Args:
+      workdir, step, data_dir: see `restore_checkpoint`.
+      split: "test", "validation" or "train".
+
+    Returns:
+      (step, what `Evaluator` gives for it).
+
+    Raises:
+      FFLError: there is no such checkpoint or split, or the data is missing or not what was trained on.
+    """
+    restored = restore_checkpoint(workdir, step, data_dir)
+    experiment = restored.experiment
     part = getattr(experiment.dataset, split)
     if part is None:
         raise ConfigError(f"{workdir} has no {split} split: it was trained with validation_examples=0.")
-    state = checkpoint.restore(directory, step, experiment.abstract_state())
-    parallel = parallel_lib.Parallel(config.parallel.mode)
+    parallel = parallel_lib.Parallel(experiment.config.parallel.mode)
     evaluator = Evaluator(experiment.method, part, experiment.config, parallel)
-    return step, evaluator(parallel.place(state, parallel_lib.OWN))[0]
+    return restored.step, evaluator(parallel.place(restored.state, parallel_lib.OWN))[0]

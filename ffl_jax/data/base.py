@@ -9,7 +9,6 @@ import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import tqdm
 
 from ffl_jax.errors import DatasetError, FFLError, ResourceError
 from ffl_jax.registry import Registry
@@ -208,6 +207,7 @@ def decode_all(records: Records, image_size: int, title: str) -> tuple[np.ndarra
     Raises:
       DatasetError: naming the first image, in order of position, that cannot be used. None is skipped.
     """
+    import tqdm
 
     def decode(where: str, encoded: bytes) -> np.ndarray:
         with damage_named(where, encoded, records.remedy):

@@ -6,7 +6,6 @@ import os
 import pathlib
 
 import numpy as np
-import tqdm
 
 from ffl_jax.data import base, records
 from ffl_jax.errors import DatasetError
@@ -90,6 +89,8 @@ def class_folders(top: pathlib.Path, split: str, layout: str) -> list[str]:
 
 def list_files(top: pathlib.Path, folders: list[str]) -> dict[str, records.Listing]:
     """Lists the image files of each folder below `top`; none may be without one."""
+    import tqdm
+
     with readable(top), concurrent.futures.ThreadPoolExecutor(_LISTING_THREADS) as executor:
         listings = executor.map(lambda folder: _list(top / folder), folders)
         bar = tqdm.tqdm(
@@ -126,7 +127,13 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _list(folder: pathlib.Path) -> records.Listing:
+def image_files(folder: str | os.PathLike) -> list[str]:
+    """Paths of the image files at any depth below a folder, sorted; hidden ones are left out.
+
+    Raises:
+      OSError: a folder cannot be read.
+    """
+
     def fail(error: OSError):
         raise error  # os.walk would leave an unreadable folder out without a word.
 
@@ -140,6 +147,10 @@ def _list(folder: pathlib.Path) -> records.Listing:
         visited.add(real)
         wanted = (n for n in names if n.lower().endswith(_EXTENSIONS) and not n.startswith("."))
         paths += [os.path.join(here, name) for name in wanted]
-    paths.sort()
+    return sorted(paths)
+
+
+def _list(folder: pathlib.Path) -> records.Listing:
+    paths = image_files(folder)
     states = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, paths)]
     return records.Listing(paths, np.array(states, np.int64).reshape(-1, 3))

@@ -160,7 +160,7 @@ class Discriminator(nn.Module):
         x = nn.leaky_relu(batch_norm(train, name="norm")(x), self.slope)
         kernel, stride = ((2, 2), 2) if is_patch else (x.shape[1:3], 1)
         x = Conv(1, kernel, stride, padding=0, name="conv2")(x)
-        return nn.sigmoid(at_least_float32(x.reshape(len(x), -1)))
+        return nn.sigmoid(at_least_float32(x.reshape(x.shape[0], -1)))
 
 
 class Transfer(nn.Module):
@@ -183,6 +183,6 @@ def _score_by_constants(discriminator, x, train):
 
 def _cosine(x, y):
     """Cosine similarity of maps, example by example: 2 x [B, H, W, D] -> [B]; 0 where one is 0."""
-    x, y = (at_least_float32(z.reshape(len(z), -1)) for z in (x, y))
+    x, y = (at_least_float32(z.reshape(z.shape[0], -1)) for z in (x, y))
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
     return (x * y).sum(-1) / jnp.maximum(norms, 1e-12)

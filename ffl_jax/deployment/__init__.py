@@ -1,0 +1,126 @@
+"""Exported predictors, ready to run: `load(path).logits(images)`.
+
+A file holds one prediction of a training as a function from raw images to logits, and a card, JSON that says
+what it is. Each format is one file here, which needs the packages that `FORMATS` names and no others; of this
+project only what decodes images is loaded beside it. `exporting` writes the files.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ffl_jax.data import crops
+from ffl_jax.errors import CheckpointError, ConfigError, FFLError
+
+CARD_VERSION = 1
+# What `pip install` must be given to read a file, beside numpy and pillow.
+FORMATS = {"stablehlo": "jax flatbuffers", "safetensors": "jax flax safetensors", "onnx": "onnxruntime"}
+
+
+class Model:
+    """An exported predictor.
+
+    Attributes:
+      card: what it is, see docs/deploy.md.
+      format: one of `FORMATS`.
+      class_names: of the C classes, in the order of the logits.
+      image_shape: (H, W, 3).
+      device: what computes it, in words.
+    """
+
+    def __init__(self, card: dict, format: str, run: Callable[[np.ndarray], np.ndarray], device: str):
+        """Args: run: uint8 [B, H, W, 3] -> float32 [B, C]."""
+        self.card, self.format, self.device = card, format, device
+        self.class_names = tuple(card["class_names"])
+        self.image_shape = (*card["image_size"], 3)
+        self._run = run
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, 3] -> float32 [B, C]; RGB, not normalised. A new B may be compiled first."""
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images must be uint8 [B, {', '.join(map(str, self.image_shape))}], got {images.dtype} "
+                f"{list(images.shape)}."
+            )
+        return np.asarray(self._run(images))
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """As `logits`: the classes' probabilities, which add up to 1 over the last axis."""
+        logits = self.logits(images)
+        exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+    def read_image(self, encoded: bytes) -> np.ndarray:
+        """Decodes an image file of any size and brings it to the model's as evaluation does: uint8 [H, W, 3].
+
+        Raises:
+          Exception: it cannot be decoded; Pillow has a dozen types.
+          ValueError: the model's images are not square, and this one has another size.
+        """
+        height, width, _ = self.image_shape
+        square = height == width
+        image = crops.evaluation_image(encoded, self.card["crop"], height if square else 0)
+        if image.shape != self.image_shape:
+            raise ValueError(
+                f"it has {image.shape[1]}x{image.shape[0]} pixels and this model takes {width}x{height}, "
+                "which is no square: bring it to that size"
+            )
+        return image
+
+
+def load(path: str | Path) -> Model:
+    """The exported predictor in a file of any of `FORMATS`, which its content tells apart.
+
+    Raises:
+      ConfigError: a package that the format needs is not installed.
+      CheckpointError: the file is missing, damaged, or no exported predictor.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}: name what python -m ffl_jax.export wrote.")
+    with path.open("rb") as file:
+        start = file.read(9)
+    # ONNX has no mark of its own: a message that begins with the number of its version.
+    marks = {
+        "stablehlo": start.startswith(b"PK"),
+        "safetensors": start[8:] == b"{",
+        "onnx": start[:1] == b"\x08",
+    }
+    name = next((name for name, found in marks.items() if found), None)
+    if name is None:
+        raise CheckpointError(f"{path} is no exported predictor: name what python -m ffl_jax.export wrote.")
+    with needs(name, f"{path} is a {name} file"):
+        module = importlib.import_module(f"ffl_jax.deployment.{name}")
+        try:
+            card, run, device = module.read(path)
+        except (FFLError, ImportError, MemoryError, PermissionError):
+            raise
+        except Exception as error:  # every format has its own types
+            reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+            raise CheckpointError(
+                f"{path} cannot be read as an exported predictor: {reason}; export it again."
+            ) from error
+    if card["card_version"] != CARD_VERSION:
+        raise CheckpointError(
+            f"{path} has a card of version {card['card_version']}, and this version reads {CARD_VERSION}: "
+            f"use ffl_jax {card['ffl_jax']}, which wrote it."
+        )
+    return Model(card, name, run, device)
+
+
+@contextlib.contextmanager
+def needs(name: str, what: str):
+    """Turns a package that is missing inside into a ConfigError that says how to install it.
+
+    Args: name: of the format. what: is to be done, or is the matter.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{what}, and the package {error.name} is not installed: `pip install {FORMATS[name]}`."
+        ) from error

@@ -1,0 +1,214 @@
+"""Writes a prediction of a checkpoint as a file, and has a new process show that it computes the same."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ffl_jax import __version__, cost, evaluation, manifest, outputs, steps
+from ffl_jax import config as config_lib
+from ffl_jax.data import StreamedSplit, augment, crops
+from ffl_jax.deployment import CARD_VERSION, predictor
+from ffl_jax.errors import CheckpointError, ConfigError
+from ffl_jax.models import NETWORKS
+from ffl_jax.registry import nearest
+
+TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
+_IMAGES = 64
+_MODULES = {
+    "stablehlo": ("flatbuffers",),
+    "safetensors": ("safetensors",),
+    "onnx": ("onnx", "onnxruntime"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was written, and what the new process found.
+
+    Attributes:
+      card: of the file.
+      bytes: of the file.
+      images: how many of the test split were compared, in one batch, and some of them alone.
+      difference: the largest between a logit of the file and of the checkpoint.
+      scale: the largest logit of the checkpoint, but at least 1.
+      milliseconds: {batch size: median time of one call}.
+      device: what computed them.
+    """
+
+    card: dict
+    bytes: int
+    images: int
+    difference: float
+    scale: float
+    milliseconds: dict[int, float]
+    device: str
+
+
+def export(
+    workdir: str | Path,
+    output: str | Path,
+    format: str = "stablehlo",
+    name: str | None = None,
+    step: int | None = None,
+    data_dir: str | None = None,
+) -> Report:
+    """Writes one prediction of a checkpoint; `output` is the old file or the whole new one, never a part.
+
+    Args:
+      workdir, step, data_dir: see `evaluation.restore_checkpoint`.
+      output: the file; its folder is made. A safetensors file gets its card beside it, with the ending .json.
+      format: one of `FORMATS`.
+      name: of the prediction; None takes the method's headline.
+
+    Raises:
+      ConfigError: there is no such prediction, a package is missing, or `output` cannot be a file's name.
+      CheckpointError: the file computes something else than the checkpoint, and is not kept; or see there.
+      DatasetError: the data is missing or not what was trained on.
+    """
+    output = Path(output)
+    _check(output, format)
+    restored = evaluation.restore_checkpoint(Path(workdir), step, data_dir)
+    card, variables = describe(restored, name)
+    images = _test_images(restored.experiment)
+    expected = reference(restored, card["predictor"], images)
+    module = importlib.import_module(f"ffl_jax.deployment.{format}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        module.write(temporary, predictor.build(card)[0], variables, card)
+        report = _compare(temporary, card, images, expected)
+        manifest.fsync(temporary)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if format == "safetensors":
+        outputs.write_json(output.with_suffix(".json"), card)
+    return report
+
+
+def _check(output, format):
+    missing = [name for name in _MODULES[format] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"--format={format} needs what is not installed here: run `pip install {' '.join(missing)}`."
+        )
+    if output.is_dir():
+        raise ConfigError(f"--output={output} is a folder: give the name of a file.")
+    if format == "safetensors" and output.suffix == ".json":
+        raise ConfigError(f"--output={output}: the card goes into that file; end it in .safetensors.")
+
+
+def describe(restored: evaluation.Restored, name: str | None = None) -> tuple[dict, dict]:
+    """(card of one prediction, the variables that `predictor.build` of it takes).
+
+    Raises:
+      ConfigError: the method has no such prediction.
+    """
+    experiment, config, dataset = restored.experiment, restored.experiment.config, restored.experiment.dataset
+    method, num_classes = experiment.method, len(dataset.class_names)
+    variables = {"params": restored.state.params, **restored.state.model_state}
+    costs = cost.prediction_costs(
+        method, restored.state.params, restored.state.model_state, experiment.image_shape
+    )
+    name = name or method.headline
+    if name not in costs:
+        raise ConfigError(f"{config.method.name} has no prediction {name!r}: {nearest(name, costs)}")
+    sections = config_lib.to_json(config)
+    if name in method.network_names():
+        network, variables = method.extract(variables, name)
+        known = dict.fromkeys(config_lib.network_names(config))
+        networks = [one for one in known if NETWORKS.lookup(one)(num_classes) == network]
+        architecture = {"network": networks[0], "num_classes": num_classes}
+    else:
+        networks = config_lib.network_names(config)
+        architecture = {
+            key: sections[key] for key in ("method", "subnetworks", "teachers") if key in sections
+        }
+        architecture["num_classes"] = num_classes
+    scored = restored.run["evaluated_step"] == restored.step
+    card = {
+        "card_version": CARD_VERSION,
+        "ffl_jax": __version__,
+        "predictor": name,
+        "method": config.method.name,
+        "networks": networks,
+        "dataset": config.data.name,
+        "class_names": list(dataset.class_names),
+        "image_size": list(experiment.image_shape[:2]),
+        "channels": "RGB",
+        "crop": config.data.crop,
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        **costs[name],
+        "step": restored.step,
+        "epoch": restored.step / experiment.steps_per_epoch,
+        "seed": config.seed,
+        "test": restored.run["scores"].get("test", {}).get("predictions", {}).get(name) if scored else None,
+        "architecture": architecture,
+    }
+    return card, variables
+
+
+def reference(restored: evaluation.Restored, name: str, images: np.ndarray) -> np.ndarray:
+    """A checkpoint's own logits [B, C] of images uint8 [B, H, W, 3], by the whole method as in evaluation."""
+    experiment = restored.experiment
+
+    @jax.jit
+    def logits(variables, images):
+        # Some accelerators would round the factors of a product.
+        with jax.default_matmul_precision("float32"):
+            images = augment.normalize(images, experiment.config.data.mean, experiment.config.data.std)
+            outputs = steps.apply(experiment.method, variables, images, train=False)
+            return experiment.method.predictions(outputs)[name]
+
+    return np.asarray(logits({"params": restored.state.params, **restored.state.model_state}, images))
+
+
+def _test_images(experiment) -> np.ndarray:
+    """Some of the test split, from all of it: files are sorted by class."""
+    split = experiment.dataset.test
+    chosen = np.linspace(0, len(split) - 1, min(_IMAGES, len(split))).astype(int)
+    if not isinstance(split, StreamedSplit):
+        return split.images[chosen]
+    crop = experiment.config.data.crop
+    records = split.records.read(split.positions[chosen])
+    return np.stack([crops.evaluation_image(encoded, crop, split.image_size) for _, encoded, _ in records])
+
+
+def _compare(path, card, images, expected) -> Report:
+    """Raises CheckpointError unless a new process that reads the file computes what is expected."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, found = os.path.join(folder, "images.npy"), os.path.join(folder, "logits.npz")
+        np.save(given, images)
+        package = str(Path(__file__).resolve().parent.parent.parent)
+        path_before = filter(None, [package, os.environ.get("PYTHONPATH")])
+        process = subprocess.run(
+            [sys.executable, "-m", "ffl_jax.deployment.check", path, given, found],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path_before)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode:
+            lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+            reason = lines[-1].removeprefix("error: ")
+            raise CheckpointError(f"the exported file cannot be used, and is not kept: {reason}")
+        with np.load(found) as results:
+            batch, alone, times = results["batch"], results["alone"], json.loads(str(results["times"]))
+    both = np.concatenate([batch - expected, alone - expected[: len(alone)]])
+    difference, scale = float(np.abs(both).max()), max(1.0, float(np.abs(expected).max()))
+    if not difference <= TOLERANCE * scale:  # NaN is not either
+        raise CheckpointError(
+            f"the exported file computes other logits than the checkpoint, by up to {difference:.2g} where "
+            f"{TOLERANCE * scale:.2g} is allowed, and is not kept: export in another format, and report this."
+        )
+    milliseconds = {int(size): time for size, time in times["milliseconds"].items()}
+    return Report(card, path.stat().st_size, len(images), difference, scale, milliseconds, times["device"])

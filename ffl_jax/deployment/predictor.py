@@ -1,0 +1,133 @@
+"""A prediction as a pure function of its variables and of raw images, and the numbers that it uses."""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import partial_eval
+
+from ffl_jax import convolutions, methods
+from ffl_jax.data import augment
+from ffl_jax.errors import CheckpointError
+from ffl_jax.models import NETWORKS
+
+
+def build(card: dict) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
+    """What a card describes.
+
+    Returns:
+      (function, shapes of its variables): function(variables, images), with images uint8 [B, H, W, 3], gives
+      float32 logits [B, C]. It is computed in float32 throughout, also where a device has something faster.
+
+    Raises:
+      ConfigError: a network, a method or a hyper-parameter is unknown here.
+    """
+    architecture = card["architecture"]
+    module = _network(architecture) if "network" in architecture else _method(architecture)
+
+    def logits(variables, images):
+        # For every platform: what stands in for XLA's own convolutions is for training on a CPU.
+        with convolutions.by_xla(), jax.default_matmul_precision("float32"):
+            images = augment.normalize(images, tuple(card["mean"]), tuple(card["std"]))
+            outputs = module.apply(variables, images, train=False)
+            if "network" in architecture:
+                return outputs.logits
+            return module.predictions(outputs)[card["predictor"]]
+
+    images = jnp.zeros((1, *card["image_size"], 3))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), images, train=False))
+    return logits, shapes
+
+
+def _network(architecture) -> nn.Module:
+    return NETWORKS.lookup(architecture["network"])(architecture["num_classes"])
+
+
+def _method(architecture) -> nn.Module:
+    def tuples(value):
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    sections = {
+        name: {key: tuples(value) for key, value in section.items()}
+        for name, section in architecture.items()
+        if isinstance(section, dict)
+    }
+    # One after another, what a prediction does not need of the copies of a network falls away.
+    sections["subnetworks"] |= {"execution": "loop", "remat": False}
+    if "teachers" in sections:
+        sections["teachers"] = types.SimpleNamespace(**sections["teachers"])
+    return methods.build(types.SimpleNamespace(**sections), architecture["num_classes"])
+
+
+def weights(function: Callable, variables: Any, image_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """The variables that a function of `build` uses: {"params/head/kernel": array, …}.
+
+    Of stacked copies of which some are not used, the others have entries of their own, "…/kernel[0]".
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    jaxpr = jax.make_jaxpr(function)(variables, images).jaxpr
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True], instantiate=True)
+    used = {}
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    for (path, leaf), variable in zip(leaves, jaxpr.invars, strict=False):  # the images come last
+        name, copies = _name(path), _copies(jaxpr, variable)
+        if copies is None:
+            used[name] = np.asarray(leaf)
+        else:
+            used |= {f"{name}[{k}]": np.asarray(leaf[k]) for k in copies}
+    return used
+
+
+def _copies(jaxpr, variable) -> list[int] | None:
+    """Which entries along the first axis of an input are used; None where that is the whole of it."""
+    shape, found = variable.aval.shape, set()
+    for equation in jaxpr.eqns:
+        if variable not in equation.invars:
+            continue
+        if equation.primitive.name != "slice":
+            return None
+        starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
+        if limits[0] != starts[0] + 1 or tuple(limits[1:]) != shape[1:]:
+            return None
+        found.add(starts[0])
+    return None if found and len(found) == shape[0] else sorted(found)
+
+
+def variables(weights: dict[str, np.ndarray], shapes: Any) -> Any:
+    """The inverse of `weights`: variables with zeros where a function of `build` does not look.
+
+    Raises:
+      CheckpointError: an entry has another shape or type, or no place.
+    """
+    left = dict(weights)
+
+    def take(name, shape, dtype):
+        array = left.pop(name, None)
+        if array is None:
+            return np.zeros(shape, dtype)
+        if array.shape != shape or array.dtype != dtype:
+            raise CheckpointError(
+                f"{name} is {array.dtype} {list(array.shape)}, and its network wants {dtype} {list(shape)}: "
+                "export it again."
+            )
+        return array
+
+    def leaf(path, wanted):
+        name = _name(path)
+        copies = [f"{name}[{k}]" for k in range(wanted.shape[0] if wanted.shape else 0)]
+        if name in left or not left.keys() & set(copies):
+            return take(name, wanted.shape, wanted.dtype)
+        return np.stack([take(copy, wanted.shape[1:], wanted.dtype) for copy in copies])
+
+    tree = jax.tree_util.tree_map_with_path(leaf, shapes)
+    if left:
+        raise CheckpointError(f"its network has no place for {', '.join(sorted(left)[:5])}: export it again.")
+    return tree
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,57 @@
+"""Writes one deployable network: `python -m ffl_jax.export --workdir=DIR --predictor=NAME --output=PATH`."""
+
+import os
+
+from absl import flags
+
+from ffl_jax import cli, deployment
+
+USAGE = """
+python -m ffl_jax.export --workdir=DIR [--predictor=NAME] [--format=stablehlo|safetensors|onnx] --output=PATH
+                         [--step=N] [--data_dir=DIR]
+
+Writes one prediction of a finished or running training as a file that python -m ffl_jax.predict takes: raw
+images in, logits out. What only training needs is gone. A new process reads the file again and must compute
+what the checkpoint does on images of the test split, else nothing is written. docs/deploy.md says what the
+formats are for and how other programs use them.
+"""
+
+
+def command(argv: list[str]):
+    values = cli.new_flags()
+    flags.DEFINE_string("workdir", None, "The folder of the training.", flag_values=values)
+    flags.DEFINE_string(
+        "predictor", None, "Which prediction; by default what summary.json calls deploy.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "format", "stablehlo", list(deployment.FORMATS), "The kind of file.", flag_values=values
+    )
+    flags.DEFINE_string("output", None, "The file to write.", flag_values=values)
+    flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.", flag_values=values)
+    flags.DEFINE_string("data_dir", None, "Where the dataset is now, if it has moved.", flag_values=values)
+    cli.parse(values, argv, USAGE)
+    for name in ("workdir", "output"):
+        if not values[name].value:
+            raise cli.ConfigError(f"--{name} is missing; see --help.")
+
+    # Here and in the process that compares: an accelerator would be taken by the first of the two.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from ffl_jax.deployment import exporting
+
+    report = exporting.export(
+        values.workdir, values.output, values.format, values.predictor, values.step, values.data_dir
+    )
+    card, times = report.card, report.milliseconds.items()
+    print(f"{card['predictor']} of {card['method']} ({' + '.join(card['networks'])}), step {card['step']}")
+    print(f"parameters {card['parameters']:,}, FLOPs {card['flops'] or 0:,}, file {report.bytes:,} bytes")
+    print(
+        f"largest difference from the checkpoint {report.difference:.1e}, where logits reach "
+        f"{report.scale:.1f}, on {report.images} images of the test split"
+    )
+    latency = ", ".join(f"{time:.2f} ms for {size} image{'s' * (size > 1)}" for size, time in times)
+    print(f"latency on {report.device}: {latency}")
+    print(f"written to {values.output}; try it with python -m ffl_jax.predict --model={values.output} IMAGE")
+
+
+if __name__ == "__main__":
+    cli.run(command)

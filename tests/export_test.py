@@ -1,0 +1,286 @@
+"""Exported files against the checkpoint in float64, what travels in them, and what is refused."""
+
+import json
+import subprocess
+import zipfile
+
+import conftest
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from ffl_jax import deployment
+from ffl_jax.deployment import check, exporting, predictor, safetensors, stablehlo
+from ffl_jax.deployment.folding import fold
+from ffl_jax.errors import CheckpointError, ConfigError
+from ffl_jax.methods import METHODS
+
+# By hand: two ResNet-8 with a trunk of two stages and the fusion module without the heads; one ResNet-8.
+TRUNK = 27 * 16 + 32 + 2 * (9 * 16 * 16 + 32) + 9 * 16 * 32 + 9 * 32 * 32 + 16 * 32 + 3 * 64
+BRANCH, HEAD = 9 * 32 * 64 + 9 * 64 * 64 + 32 * 64 + 3 * 128, 64 * 10 + 10
+FUSION = 9 * 128 + 256 + 128 * 64 + 128 + HEAD
+PARAMETERS = {"fused": TRUNK + 2 * BRANCH + FUSION, "sub_0": TRUNK + BRANCH + HEAD}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(workdir, experiment, state) of FFL with two ResNet-8, its variables random."""
+    workdir = tmp_path_factory.mktemp("runs") / "ffl"
+    return workdir, *conftest.write_run(workdir, digits.get_config())
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, cache):
+    """For the processes that an export starts."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache / "jax"))
+
+
+def require(name):
+    if name == "onnx":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+
+
+def in_float64(method, variables, images, settings):
+    """All predictions of a method, its images normalised by NumPy."""
+    images = (np.float64(images) / 255 - np.array(settings.mean)) / np.array(settings.std)
+    with jax.enable_x64(True):
+        variables = jax.tree.map(lambda x: jnp.asarray(np.float64(x)), variables)
+        apply = jax.jit(lambda variables, images: method.apply(variables, images, train=False))
+        return jax.device_get(method.predictions(apply(variables, images)))
+
+
+@pytest.mark.parametrize(
+    ("name", "format"), [("fused", "stablehlo"), ("sub_0", "safetensors"), ("fused", "onnx")]
+)
+def test_export(run, tmp_path, name, format):
+    """A new process has compared; here another number of images, and what the file holds."""
+    require(format)
+    workdir, experiment, state = run
+    output = tmp_path / "new" / f"model.{format}"
+    report = exporting.export(workdir, output, format, name)
+    assert report.images == 64
+    assert report.difference <= 1e-5 * report.scale
+    assert set(report.milliseconds) == {1, 64}
+    assert sorted(path.name for path in output.parent.iterdir()) == sorted(
+        {f"model.{format}", *(["model.json"] if format == "safetensors" else [])}
+    )
+
+    model = deployment.load(output)
+    assert (model.format, model.card) == (format, report.card)
+    images = experiment.dataset.test.images[:7]
+    variables = {"params": state.params, **state.model_state}
+    expected = in_float64(experiment.method, variables, images, experiment.config.data)[name]
+    for count in (1, 7):
+        np.testing.assert_allclose(
+            model.logits(images[:count]), expected[:count], rtol=0, atol=1e-5 * np.abs(expected).max()
+        )
+    probabilities = np.exp(expected) / np.exp(expected).sum(-1, keepdims=True)
+    np.testing.assert_allclose(model.probabilities(images), probabilities, atol=1e-5)
+
+    card = model.card
+    assert card["parameters"] == PARAMETERS[name]
+    assert card["test"] == ({"top1": 0.5} if name == "sub_0" else None)
+    assert (card["step"], card["epoch"], card["class_names"]) == (69, 3.0, list("0123456789"))
+    # What norms count is a few percent; kernels and names are all else.
+    assert 0.9 < report.bytes / (4 * PARAMETERS[name]) < 1.1
+    if format == "safetensors":
+        assert json.loads((output.parent / "model.json").read_text()) == card
+
+
+def test_the_default_is_what_summary_calls_deploy(run):
+    workdir, *_ = run
+    restored = exporting.evaluation.restore_checkpoint(workdir)
+    card, _ = exporting.describe(restored)
+    assert card["predictor"] == "sub_0"
+    assert card["architecture"] == {"network": "resnet8", "num_classes": 10}
+
+
+def test_a_program_is_for_all_platforms_and_numbers_of_images(run, tmp_path):
+    function, variables = lambda weight, images: (images * weight).sum((1, 2)), np.float32([1, 2, 3])
+    stablehlo.write(tmp_path / "x", function, variables, {"image_size": [2, 5]})
+    with zipfile.ZipFile(tmp_path / "x") as archive:
+        program = jax.export.deserialize(bytearray(archive.read("program.bin")))
+    assert set(program.platforms) == {"cpu", "cuda", "rocm", "tpu"}
+    assert str(program.in_avals[0]) == "uint8[batch,2,5,3]"
+    assert str(program.out_avals[0]) == "float32[batch,3]"
+
+
+def test_a_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypatch):
+    """Off by three times what is allowed, in one class; the file that was there before stays."""
+    output = tmp_path / "model"
+    output.write_text("old")
+    write = safetensors.write
+    monkeypatch.setattr(exporting, "reference", lambda *_: np.tile(np.float32([0, 7]), (64, 5)))
+
+    def wrong(path, function, variables, card):
+        head = {key: jnp.zeros_like(value) for key, value in variables["params"]["head"].items()}
+        head["bias"] = head["bias"].at[1::2].set(7).at[3].add(wrong.error)
+        write(path, function, {**variables, "params": {**variables["params"], "head": head}}, card)
+
+    def in_this_process(command, **options):
+        check.command(list(map(str, command[2:])))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(exporting.subprocess, "run", in_this_process)
+    monkeypatch.setattr(safetensors, "write", wrong)
+    wrong.error = 2.1e-4
+    with pytest.raises(CheckpointError, match="other logits than the checkpoint, by up to"):
+        exporting.export(run[0], output, "safetensors", "sub_0")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert output.read_text() == "old"
+    wrong.error = 6e-5
+    assert exporting.export(run[0], output, "safetensors", "sub_0").difference == pytest.approx(
+        6e-5, rel=0.02
+    )
+    assert deployment.load(output).card["predictor"] == "sub_0"
+
+
+def test_refusals(run, tmp_path, monkeypatch, commands):
+    workdir, *_ = run
+    output = tmp_path / "model"
+    with pytest.raises(ConfigError, match=r"ffl has no prediction 'fusd': did you mean fused\?"):
+        exporting.export(workdir, output, name="fusd")
+    with pytest.raises(ConfigError, match="is a folder"):
+        exporting.export(workdir, tmp_path)
+    with pytest.raises(ConfigError, match=r"end it in \.safetensors"):
+        exporting.export(workdir, tmp_path / "card.json", "safetensors")
+    with pytest.raises(CheckpointError, match="no checkpoint of step 5"):
+        exporting.export(workdir, output, step=5)
+    (tmp_path / "seed_0" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"holds 1 seeds: choose one, such as --workdir=.*seed_0"):
+        exporting.export(tmp_path, output)
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="run `pip install onnx onnxruntime`"):
+        exporting.export(workdir, output, "onnx")
+    assert not output.exists()
+    result = commands.run("-m", "ffl_jax.export", f"--workdir={workdir}", code=2)
+    assert "--output is missing" in result.stderr
+
+
+def architecture(name, **settings):
+    shares = METHODS[name].shares_trunk
+    return {
+        "method": {"name": name, **settings},
+        "subnetworks": {"network": "tiny", "num": 3, "shared_stages": 1 if shares else 0},
+        "num_classes": 10,
+    }
+
+
+def made(name, prediction, **settings):
+    """(function, its random variables, images of 8x8) of one prediction of a method."""
+    card = {"architecture": architecture(name, **settings), "predictor": prediction, "image_size": [8, 8]}
+    function, shapes = predictor.build(card | {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]})
+    images = np.random.default_rng(0).integers(256, size=(3, 8, 8, 3)).astype(np.uint8)
+    return function, conftest._draw(shapes), images
+
+
+def test_copies_that_are_not_used_stay_behind():
+    """FFSD's fused classifier sees the students' maps, not the leader's: two of three copies, no head."""
+    function, variables, images = made("ffsd", "fused")
+    weights = predictor.weights(function, variables, (8, 8, 3))
+    copies = {name[-3:] for name in weights if "/branches/" in name}
+    assert copies == {"[0]", "[1]"}
+    assert not [name for name in weights if "head" in name and "fusion/head" not in name]
+    assert not [name for name in weights if "decoder" in name or "trans_fusion" in name]
+    again = predictor.variables(weights, jax.eval_shape(lambda: variables))
+    function = jax.jit(function)
+    assert np.array_equal(function(again, images), function(variables, images))
+    with pytest.raises(CheckpointError, match="no place for odd"):
+        predictor.variables(weights | {"odd": np.zeros(1)}, jax.eval_shape(lambda: variables))
+    with pytest.raises(CheckpointError, match=r"fusion/head/bias is float32 \[4\]"):
+        predictor.variables(
+            weights | {"params/fusion/head/bias": np.zeros(4, np.float32)}, jax.eval_shape(lambda: variables)
+        )
+
+
+def test_nothing_but_operations_on_maps_is_left():
+    """Of ten operations on weights and one on images only the last is traced."""
+
+    def function(variables, images):
+        scale = jax.nn.relu(jnp.sqrt(variables["a"][1]) * 2) + variables["a"].sum()
+        unused = images * variables["b"]
+        return (images * scale, unused)[0]
+
+    variables = {"a": jnp.array([1.0, 4.0]), "b": jnp.ones(3)}
+    program = jax.make_jaxpr(fold(function, variables))(jnp.ones(3))
+    assert [equation.primitive.name for equation in program.eqns] == ["mul"]
+    np.testing.assert_allclose(fold(function, variables)(jnp.ones(3)), [9, 9, 9])
+
+
+def run_onnx(function, images):
+    from ffl_jax.deployment.onnx_graph import convert
+
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(convert(function, images.shape[1:]).SerializeToString())
+    return session.run(["logits"], {"images": images})[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction"),
+    [("one", "fused"), ("mfef", "fused"), ("dml", "probability_ensemble"), ("pcl", "ema_fused")],
+)
+def test_onnx_of_methods(name, prediction):
+    """Attention, gates and means of probabilities, whose operations plain networks do not have."""
+    pytest.importorskip("onnx")
+    settings = {"early_fusion": True, "reconstruction": True} if name == "mfef" else {}
+    function, variables, images = made(name, prediction, **settings)
+    expected = np.asarray(jax.jit(function)(variables, images))
+    for count in (1, 3):
+        actual = run_onnx(fold(function, variables), images[:count])
+        np.testing.assert_allclose(actual, expected[:count], atol=1e-5 * np.abs(expected).max())
+
+
+def shuffle(x, groups):
+    return x.reshape(*x.shape[:3], groups, -1).swapaxes(3, 4).reshape(x.shape)
+
+
+KERNEL = np.random.default_rng(1).normal(size=(3, 3, 1, 6)).astype(np.float32)
+
+
+def convolve(x, stride=1):
+    return jax.lax.conv_general_dilated(
+        x, KERNEL, (stride, 1), ((1, 0), (2, 1)), (1, 1), (1, 2), ("NHWC", "HWIO", "NHWC"), 3
+    )
+
+
+OPERATIONS = {
+    "pools": lambda x: nn.max_pool(-x, (3, 3), (2, 2), ((1, 1), (1, 1))),
+    "means": lambda x: nn.avg_pool(x, (3, 2), (2, 1), ((1, 1), (0, 1)), count_include_pad=True),
+    "convolutions": lambda x: (convolve(x, 2) - 3) * np.arange(6) / 2 + 1,
+    "used_twice": lambda x: (lambda y: (y + 1) * y)(convolve(x)),
+    "relu6": lambda x: nn.relu6(convolve(x)),
+    "shuffled": lambda x: shuffle(nn.relu(convolve(x)), 2),
+    "split": lambda x: jnp.concatenate(jnp.split(convolve(x), 3, axis=-1)[::-1], axis=-1),
+    "rows": lambda x: jax.lax.slice(convolve(x), (0, 1, 0, 2), (x.shape[0], 5, 3, 6), (1, 3, 2, 1)),
+    "transposed": lambda x: convolve(x).sum(2).swapaxes(1, 2),
+    "stacked": lambda x: jnp.stack([x * 2, x], axis=3)[:, :, :, 1],
+    "over_channels": lambda x: convolve(x) * nn.sigmoid(convolve(x).max(-1, keepdims=True)),
+    "pooled": lambda x: jnp.einsum("ph,bhwd->bpwd", np.float32([[1, 2, 0, 0, 0, 0], [0, 0, 3, 4, 5, 6]]), x),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_onnx_of_operations(name):
+    """Each against JAX, also where its input's channels come first, for a batch that is not known."""
+    pytest.importorskip("onnx")
+    images = np.random.default_rng(2).integers(256, size=(2, 6, 4, 3)).astype(np.uint8)
+
+    def function(variables, images):
+        return OPERATIONS[name](images.astype(jnp.float32)).reshape(images.shape[0], -1)
+
+    expected = np.asarray(function(None, images))
+    np.testing.assert_allclose(
+        run_onnx(fold(function, None), images), expected, atol=2e-6 * np.abs(expected).max()
+    )
+
+
+def test_onnx_says_what_it_does_not_know():
+    pytest.importorskip("onnx")
+    with pytest.raises(ConfigError, match="operation sort has no translation here; export with --format"):
+        run_onnx(
+            fold(lambda _, x: jnp.sort(x.reshape(x.shape[0], -1)), None), np.zeros((1, 2, 2, 3), np.uint8)
+        )
