@@ -36,6 +36,11 @@ class Picture:
     light: bytes
     dark: bytes
 
+    @property
+    def width(self) -> int:
+        """In pixels, as the head of a PNG has it."""
+        return int.from_bytes(self.light[16:20], "big")
+
 
 def draw(groups: Sequence[Group], prefix: str) -> tuple[list[Picture], list[str]]:
     """Draws what the runs of one dataset have recorded.
@@ -120,6 +125,7 @@ def _accuracy_curves(groups: Sequence[Group], theme: Theme) -> Figure | None:
             color = theme.reference if group.method == BASELINE else theme.accent
             draw_line(axes, curves[id(group)], color, "shipped: mean ± std over seeds", 100)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    pairs[0][1].set_xlim(left=0)
     late = late_values(list(curves.values()))
     if late is not None:
         pairs[0][1].set_ylim(bottom=max(0, 100 * (late.min() - 0.1 * np.ptp(late))))
@@ -139,6 +145,7 @@ def _loss_curves(groups: Sequence[Group], theme: Theme) -> Figure | None:
             if curves[id(group)][split]:
                 draw_line(axes, curves[id(group)][split], color, f"{label}: mean ± std over seeds")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    pairs[0][1].set_xlim(left=0)
     late = late_values([curve for both in curves.values() for curve in both.values()])
     if late is not None:
         pairs[0][1].set_ylim(top=late.max() + 0.1 * np.ptp(late))
@@ -171,7 +178,7 @@ def _reliability(groups: Sequence[Group], theme: Theme) -> Figure | None:
         )  # fmt: skip
         ece = group.spread(group.shipped, "ece")
         if ece:
-            axes.text(0.04, 0.93, f"ECE {ece.mean:.3f}", transform=axes.transAxes, va="top")
+            axes.set_title(f"ECE {ece.mean:.3f}", loc="right", fontsize=8)
         ticks = (0, 0.5, 1)
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=ticks, yticks=ticks)
     return labelled(figure, pairs, "confidence of the answer", "share")
@@ -220,6 +227,7 @@ def _diversity(groups: Sequence[Group], theme: Theme) -> Figure | None:
             ends.append(
                 (curve[0][-1], factor * curve[1].mean(axis=0)[-1], comparability.name(group, groups), color)
             )
+        axes.set_xlim(left=0)
         name_ends(axes, ends)
         axes.set(title=label, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
