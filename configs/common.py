@@ -106,6 +106,8 @@ def get_config(
     config.evaluation = {"batch_size": 500, "every_epochs": 1}
     config.checkpoint = {"every_epochs": 1, "every_steps": 0, "keep": 2}
     config.log_every_steps = 100  # a line of metrics.jsonl at least at the end of each epoch
+    config.log_histograms = False  # True: of all parameters at every evaluation, in TensorBoard
+    config.wandb = ""  # a project of Weights & Biases to show the run in; needs `pip install wandb`
     config.parallel = {
         "mode": "pmap",  # or shard_map, which the last two need
         "num_devices": 0,  # 0: all visible devices

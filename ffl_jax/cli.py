@@ -118,13 +118,13 @@ def parse(
 
     Args:
       values: the command's flags.
-      argv: the command line, `sys.argv`.
+      argv: the command line, as in `sys.argv`.
       usage: what `--help` shows first.
       config: adds `--config=FILE[:PRESETS]` and `--config.KEY=VALUE`, which set what the file gives.
-      arguments: allows arguments that stand alone, before and between the flags too.
+      arguments: the command takes arguments that are no flags, before, between or behind these.
 
     Returns:
-      The arguments that stand alone.
+      These arguments.
 
     Raises:
       ConfigError: a flag is unknown, or its value of another type, or an argument stands alone; the file is
@@ -135,10 +135,10 @@ def parse(
         print(f"{usage.strip()}\n\nFlags:\n{described}")
         sys.exit(0)
     values.set_gnu_getopt(arguments)
-    rest = _parse_config(values, argv) if config else values(argv)
-    if len(rest) > 1 and not arguments:
-        raise ConfigError(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
-    return rest[1:]
+    rest = (_parse_config(values, argv) if config else values(argv))[1:]
+    if rest and not arguments:
+        raise ConfigError(f"unexpected argument {rest[0]!r}: flags are written --name=value.")
+    return rest
 
 
 def _parse_config(values, argv):
@@ -158,9 +158,10 @@ def _parse_config(values, argv):
     folder = str(path.resolve().parent.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # for `from configs import common`, from wherever the command is run
+    before, sys.argv = sys.argv, argv  # where the overrides are read from
     try:
         # As the default, not as a flag: the overrides are defined anew for each, and absl refuses the second
-        # time. They are read from sys.argv, which `argv` is.
+        # time.
         config_flags.DEFINE_config_file("config", chosen, "", lock_config=True, flag_values=values)
         return values(argv)
     except (FFLError, flags.Error):
@@ -171,6 +172,8 @@ def _parse_config(values, argv):
         line = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{line.filename}:{line.lineno}"
         raise ConfigError(f"{path}: {type(error).__name__}: {error} ({where})") from error
+    finally:
+        sys.argv = before
 
 
 def _resolve(chosen: str) -> str:

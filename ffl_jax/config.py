@@ -11,7 +11,9 @@ from ffl_jax.errors import ConfigError
 from ffl_jax.steps import PRECISIONS
 
 # Changing these does not change what is trained, so that a run may continue with another value.
-FREE_KEYS = ("epochs", "log_every_steps", "evaluation", "checkpoint", "parallel")
+FREE_KEYS = (
+    *("epochs", "log_every_steps", "log_histograms", "wandb", "evaluation", "checkpoint", "parallel"),
+)
 FREE_DATA_KEYS = ("data_dir", "manual_dir", "cache_dir", "workers")
 
 

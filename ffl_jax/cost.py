@@ -1,12 +1,13 @@
 """What deploying a prediction costs, in parameters and operations, and what training takes, in memory."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from ffl_jax import steps
+from ffl_jax import convolutions, steps
 from ffl_jax.data import Split
 
 
@@ -22,18 +23,19 @@ def prediction_costs(method, params, model_state, image_shape) -> dict[str, dict
     state; not batch statistics. `flops` is XLA's count, with a multiply-add as two.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    if getattr(method.subnetworks, "vectorize", False):
-        # One after another, what a prediction does not need falls away.
-        method = method.clone(subnetworks=method.subnetworks.clone(vectorize=False))
+    method = _one_after_another(method)  # so that what a prediction does not need falls away
 
     def predictions(params, model_state, images):
         return method.predictions(method.apply({"params": params, **model_state}, images, train=False))
 
-    costs = {}
+    costs, networks = {}, {}
     for prediction in jax.eval_shape(predictions, params, model_state, images):
         if prediction in method.network_names():
-            # Alone, since slicing stacked parameters looks like a use of all K copies.
-            costs[prediction] = _network_cost(method, params, model_state, images, prediction)
+            # Alone, since slicing stacked parameters looks like a use of all K copies; and each network once.
+            network, variables = _network(method, params, model_state, prediction)
+            if network not in networks:
+                networks[network] = _network_cost(network, variables, images)
+            costs[prediction] = networks[network]
         else:
             costs[prediction] = _cost(
                 lambda *arguments, name=prediction: predictions(*arguments)[name], params, model_state, images
@@ -41,7 +43,15 @@ def prediction_costs(method, params, model_state, image_shape) -> dict[str, dict
     return costs
 
 
-def _network_cost(method, params, model_state, images, prediction):
+def _one_after_another(method):
+    """The method with its copies of one network in a loop."""
+    if not getattr(method.subnetworks, "vectorize", False):
+        return method
+    return method.clone(subnetworks=method.subnetworks.clone(vectorize=False))
+
+
+def _network(method, params, model_state, prediction):
+    """(network, shapes of its variables)"""
     taken = {}
 
     def take(variables):
@@ -49,9 +59,12 @@ def _network_cost(method, params, model_state, images, prediction):
         return part
 
     variables = jax.eval_shape(take, {"params": params, **model_state})
+    return taken["network"], variables
 
+
+def _network_cost(network, variables, images):
     def logits(params, model_state, images):
-        return taken["network"].apply({"params": params, **model_state}, images, train=False).logits
+        return network.apply({"params": params, **model_state}, images, train=False).logits
 
     return _cost(logits, variables.pop("params"), variables, images)
 
@@ -76,6 +89,28 @@ def _used_numbers(jaxpr, variable):
         return math.prod(variable.aval.shape)
     copies = {equation.params["start_indices"]: equation.outvars[0].aval.shape for equation in uses}
     return sum(math.prod(shape) for shape in copies.values())
+
+
+def training_flops(experiment) -> float | None:
+    """Operations of one training step of one seed, by XLA's count of the plain program, on all devices.
+
+    A multiply-add counts as two. Evaluation is left out.
+    """
+    config, method = experiment.config, _one_after_another(experiment.method)
+    step = functools.partial(
+        steps.train_step,
+        method=method,
+        optimizers=experiment.optimizers,
+        steps_per_epoch=experiment.steps_per_epoch,
+    )
+    views = (method.subnetworks.num,) if method.views else ()
+    batch = {
+        "image": jax.ShapeDtypeStruct((*views, config.batch_size, *experiment.image_shape), jnp.float32),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    }
+    with convolutions.by_xla():
+        lowered = jax.jit(step).lower(experiment.abstract_state(), batch)
+    return (lowered.cost_analysis() or {}).get("flops")
 
 
 def training_memory(

@@ -30,7 +30,7 @@ def command(argv: list[str]):
     )
     print(f"step {step}, {values.split} split")
     print("| prediction | top-1 % | top-5 % | NLL | ECE |\n| --- | --- | --- | --- | --- |")
-    for name, one in scores.items():
+    for name, one in scores["predictions"].items():
         top1, top5 = 100 * one["top1"], 100 * one["top5"]
         print(f"| {name} | {top1:.2f} | {top5:.2f} | {one['nll']:.4f} | {one['ece']:.4f} |")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ffl_jax import checkpoint, data, metrics, preemption, processes, steps
 from ffl_jax import config as config_lib
@@ -42,7 +43,7 @@ class Sweep:
         # The program adds to sums that it is given, so that nothing waits for the host until the end.
         zero = _zeros(step, method, split.image_shape)
         if config.num_seeds > 1:
-            zero = jax.tree.map(lambda x: jnp.stack([x] * config.num_seeds), zero)
+            zero = jax.tree.map(lambda x: np.stack([x] * config.num_seeds), zero)
         own = parallel_lib.OWN
         self.zero = parallel.place(zero, own)
         self.program = parallel.map(add, (own, own, inputs.arrays))
@@ -66,10 +67,12 @@ class Evaluator:
         self._sweep = Sweep(steps.eval_step, method, split, config, parallel)
         self._parallel, self._num_seeds = parallel, config.num_seeds
 
-    def __call__(self, state: steps.TrainState) -> list[dict[str, dict[str, float]]] | None:
-        """{prediction: scores} of a state on the devices, for each seed; None if a signal came.
+    def __call__(self, state: steps.TrainState) -> list[dict[str, dict]] | None:
+        """The scores of a state on the devices, for each seed; None if a signal came. The state stays.
 
-        The state stays as it is.
+        Returns:
+          `predictions`: {prediction: {score: number}}. `reliability`: {prediction: its diagram}. `diversity`:
+          {score: a K x K list}, or {}; all of them JSON-able, see `metrics`.
         """
         sums = self._sweep(state)
         if sums is None:
@@ -78,7 +81,19 @@ class Evaluator:
         seeds = [sums]
         if self._num_seeds > 1:
             seeds = [jax.tree.map(lambda x, k=k: x[k], sums) for k in range(self._num_seeds)]
-        return [{name: metrics.classification_scores(one) for name, one in sums.items()} for sums in seeds]
+        return [_scores(sums) for sums in seeds]
+
+
+def _scores(sums):
+    predictions, diversity = sums["predictions"], sums["diversity"]
+    return {
+        "predictions": {name: metrics.classification_scores(one) for name, one in predictions.items()},
+        "reliability": {name: metrics.reliability(one) for name, one in predictions.items()},
+        "diversity": {
+            name: one.tolist()
+            for name, one in (metrics.diversity_scores(diversity).items() if diversity else ())
+        },
+    }
 
 
 def _zeros(step, method, image_shape):
@@ -91,7 +106,7 @@ def _zeros(step, method, image_shape):
         }
         return step({"params": params, **model_state}, batch)
 
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +165,7 @@ def evaluate_checkpoint(
       split: "test", "validation" or "train".
 
     Returns:
-      (step, {prediction: scores}).
+      (step, what `Evaluator` gives for it).
 
     Raises:
       FFLError: there is no such checkpoint or split, or the data is missing or not what was trained on.

@@ -13,7 +13,7 @@ from ffl_jax import config as config_lib
 from ffl_jax.data import Dataset, resident
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 
-RUN_FORMAT = 3
+RUN_FORMAT = 4
 
 
 class Experiment:
@@ -100,6 +100,7 @@ def run_record(
     best: dict | None = None,
     evaluated_step: int = -1,
     scores: dict | None = None,
+    seconds: float = 0.0,
 ) -> dict:
     """What a checkpoint holds beside the state: JSON-able, and all that scoring or continuing it needs.
 
@@ -107,7 +108,8 @@ def run_record(
       experiment: whose state it is.
       devices: how many trained it.
       metrics_bytes: size of `metrics.jsonl` then.
-      best, evaluated_step, scores: see `train`; by default those of a run that was never evaluated.
+      best, evaluated_step, scores: see `Run`; by default those of a run that was never evaluated.
+      seconds: that training took so far.
     """
     dataset = experiment.dataset
     return {
@@ -123,6 +125,7 @@ def run_record(
         "evaluated_step": evaluated_step,
         "scores": scores or {},
         "metrics_bytes": metrics_bytes,
+        "seconds": seconds,
         "versions": versions(),
         "devices": devices,
     }

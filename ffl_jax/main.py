@@ -17,7 +17,8 @@ embedded digits data.
 """
 
 
-def command(argv: list[str]):
+def parse(argv: list[str]) -> flags.FlagValues:
+    """The command line: `config`, `workdir`, `distributed`; raises ConfigError or absl's own errors."""
     values = cli.new_flags()
     flags.DEFINE_string("workdir", None, "Where the run is written; runs/... by default.", flag_values=values)
     flags.DEFINE_bool(
@@ -29,6 +30,11 @@ def command(argv: list[str]):
         flag_values=values,
     )
     cli.parse(values, argv, USAGE, config=True)
+    return values
+
+
+def command(argv: list[str]):
+    values = parse(argv)
 
     from ffl_jax import processes, train
 

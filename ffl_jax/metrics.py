@@ -1,4 +1,6 @@
-"""Scores of one prediction as sums that can be merged over batches and devices, in any order."""
+"""Scores as sums that can be merged over batches and devices, in any order."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,7 @@ def classification_sums(
         "top1": (weights * top1).sum(),
         "top5": (weights * top5).sum(),
         "nll": jnp.where(weights > 0, nll, 0.0).sum(),
+        "bin_count": members.sum(axis=0),
         "bin_confidence": (members * confidence[:, None]).sum(axis=0),
         "bin_correct": (members * top1[:, None]).sum(axis=0),
     }
@@ -57,3 +60,81 @@ def classification_scores(sums: dict[str, np.ndarray]) -> dict[str, float]:
         np.asarray(sums["bin_correct"], np.float64) - np.asarray(sums["bin_confidence"], np.float64)
     )
     return scores | {"ece": float(gaps.sum()) / count}
+
+
+def reliability(sums: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """What a reliability diagram shows: `count`, mean `confidence` and `accuracy`, 0..1, of each equal bin.
+
+    Both are 0 where a bin is empty.
+    """
+    count = np.asarray(sums["bin_count"], np.float64)
+    means = {
+        name: np.asarray(sums[key], np.float64) / np.maximum(count, 1)
+        for name, key in (("confidence", "bin_confidence"), ("accuracy", "bin_correct"))
+    }
+    return {name: one.tolist() for name, one in ({"count": count} | means).items()}
+
+
+def diversity_sums(
+    logits: jax.Array, feature_maps: Sequence[jax.Array], weights: jax.Array
+) -> dict[str, jax.Array]:
+    """Sums over a batch from which `diversity_scores` compares K networks, pair by pair.
+
+    Args:
+      logits: [K, B, C].
+      feature_maps: K times [B, H, W, D]; each position is a sample, unless networks differ in H and W: then
+        each image is one, by the mean over its positions.
+      weights: 1 for an image that counts and 0 for padding, [B].
+    """
+    logits = logits.astype(jnp.float32)
+    log_probabilities = jax.nn.log_softmax(logits)
+    probabilities = jnp.exp(log_probabilities)
+    own = (probabilities * log_probabilities).sum(axis=-1)
+    cross = jnp.einsum("ibc,jbc->ijb", probabilities, log_probabilities, precision="highest")
+    classes = logits.argmax(axis=-1)
+    if len({x.shape[1:3] for x in feature_maps}) > 1:
+        feature_maps = [x.mean(axis=(1, 2), keepdims=True) for x in feature_maps]
+    samples = [x.astype(jnp.float32).reshape(len(x), -1, x.shape[-1]) for x in feature_maps]
+    samples = [(x * weights[:, None, None]).reshape(-1, x.shape[-1]) for x in samples]
+    return {
+        "count": weights.sum(),
+        "disagreement": ((classes[:, None] != classes) * weights).sum(axis=-1),
+        "kl": ((own[:, None] - cross) * weights).sum(axis=-1),
+        "samples": weights.sum() * (len(samples[0]) // len(weights)),
+        "features": [x.sum(axis=0) for x in samples],
+        "products": [
+            [jnp.dot(x.T, y, precision="highest") for y in samples[i:]] for i, x in enumerate(samples)
+        ],
+    }
+
+
+def diversity_scores(sums: dict) -> dict[str, np.ndarray]:
+    """How far K networks differ, each [K, K]: `disagreement`, `kl` and `cka`.
+
+    `disagreement` is the share of images, 0..1, for which two networks name different classes; `kl` the
+    Kullback-Leibler divergence of column j's softmax from row i's, in nats per image; `cka` the linear
+    centred kernel alignment of their features, 0..1, which is 1 where they are equal up to rotation and
+    scale: Kornblith et al., 2019. It is 0 where a network's features are constant.
+    """
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    num = len(sums["features"])
+    means = [x / sums["samples"] for x in sums["features"]]
+    similarity = np.zeros((num, num))
+    for i, row in enumerate(sums["products"]):
+        for j, products in enumerate(row, i):
+            covariance = products / sums["samples"] - np.outer(means[i], means[j])
+            similarity[i, j] = similarity[j, i] = np.square(covariance).sum()
+    own = np.sqrt(np.diag(similarity))
+    norms = np.outer(own, own)
+    cka = np.divide(similarity, norms, out=np.zeros_like(norms), where=norms > 0)
+    return {
+        "disagreement": sums["disagreement"] / sums["count"],
+        "kl": sums["kl"] / sums["count"],
+        "cka": cka,
+    }
+
+
+def mean_over_pairs(matrix: np.ndarray) -> float:
+    """Of what a [K, K] comparison says of two different networks."""
+    matrix = np.asarray(matrix)
+    return float(matrix[~np.eye(len(matrix), dtype=bool)].mean())

@@ -61,7 +61,7 @@ def apply(method, variables, images, precision: str = "float32", **options):
       variables: {"params": …, kind of model state: …}.
       images: [B, H, W, 3], or one view for each sub-network [K, B, H, W, 3].
       precision: see above.
-      **options: of `method.apply`: `train`, `mutable`, `rngs`.
+      **options: of `method.apply`: `train`, `mutable`, `rngs`, `capture_intermediates`.
 
     Returns:
       What `method.apply` does: the outputs, and, if `mutable` is given, the new model state beside them.
@@ -83,7 +83,7 @@ def apply(method, variables, images, precision: str = "float32", **options):
     new = jax.tree_util.tree_map_with_path(
         lambda path, new, old: old if is_parameter(path) else new,
         new,
-        {kind: variables[kind] for kind in new},
+        {kind: variables.get(kind, tree) for kind, tree in new.items()},
     )
     return jax.tree.map(functools.partial(cast, dtype="float32"), outputs), new
 
@@ -230,9 +230,34 @@ def _accumulated(gradients, model_state, batch, parts, objectives, params):
 def eval_step(
     variables, batch: dict[str, jax.Array], *, method, precision: str = "float32"
 ) -> dict[str, dict[str, jax.Array]]:
-    """{prediction: sums for its scores} over a batch with `image`, `label` and `weight` (0 for padding)."""
-    outputs = apply(method, variables, batch["image"], precision, train=False)
-    return prediction_sums(method, outputs, batch["label"], batch["weight"])
+    """Sums over a batch with `image`, `label` and `weight` (0 for padding).
+
+    Returns:
+      `predictions`: {prediction: sums for its scores}. `diversity`: sums that compare the sub-networks; {} if
+      there is one alone.
+    """
+
+    def subnetworks(module, function):
+        return module.path == ("subnetworks",) and function == "__call__"
+
+    outputs, calls = apply(
+        method,
+        variables,
+        batch["image"],
+        precision,
+        train=False,
+        mutable=["intermediates"],
+        capture_intermediates=subnetworks,
+    )
+    sums = {
+        "predictions": prediction_sums(method, outputs, batch["label"], batch["weight"]),
+        "diversity": {},
+    }
+    if method.subnetworks.num > 1:
+        peers = calls["intermediates"]["subnetworks"]["__call__"][0]
+        maps = [peer.feature_map for peer in peers]
+        sums["diversity"] = parallel.sum(metrics.diversity_sums(outputs["logits"], maps, batch["weight"]))
+    return sums
 
 
 def validation_step(

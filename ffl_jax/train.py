@@ -1,6 +1,7 @@
 """The training loop: data, state, step, log, evaluate, checkpoint; no maths."""
 
 import contextlib
+import itertools
 import logging
 import shutil
 from pathlib import Path
@@ -18,6 +19,8 @@ from ffl_jax.evaluation import Evaluator, Sweep
 from ffl_jax.experiment import Experiment, resolve
 from ffl_jax.progress import Pace, Progress
 from ffl_jax.run import Run, joint_summary, tell
+
+_SHOWN = 32  # images of a training batch
 
 
 def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None = None) -> dict:
@@ -59,7 +62,8 @@ class _Training:
             own = ConfigDict(self.config.to_dict())
             own.seed, own.num_seeds = seed, 1
             folder = workdir / f"seed_{seed}" if config.num_seeds > 1 else workdir
-            self.runs.append(Run(Experiment(own, dataset), folder, devices, parallel.num_devices))
+            experiment = Experiment(own, dataset)
+            self.runs.append(Run(experiment, folder, devices, parallel.num_devices, config.num_seeds))
         self.experiment = self.runs[0].experiment
         self.total_steps = self.runs[0].total_steps
         parallel.check_networks(self.experiment.method.subnetworks)
@@ -203,6 +207,8 @@ class _Training:
                     continue
             if batches is None or position == 0:
                 batches = inputs.batches(epoch, position)
+                if step == 0:
+                    batches = self.shown(inputs, batches)
             count = min(host.steps, *(end - step % end for end in ends if end)) if inputs.reusable else 1
             stop = self.parallel.place(np.int32(step + count))
             state, record = program(state, next(batches), stop)
@@ -257,6 +263,20 @@ class _Training:
 
         own, shared = parallel_lib.OWN, parallel_lib.SHARED
         return self.parallel.map(program, (own, inputs.arrays, shared), (0, own), donate_argnums=(0,))
+
+    def shown(self, inputs, batches):
+        """The same batches; images of the first are written to the logs."""
+        first = next(batches)
+
+        def images(arrays):
+            own, shared = inputs.apart(arrays)
+            own = own if len(self.runs) == 1 else jax.tree.map(lambda x: x[0], own)
+            return inputs.batch(own, shared, jnp.int32(0))["image"][..., :_SHOWN, :, :, :]
+
+        # Of the first device, and of the first of several seeds.
+        program = self.parallel.map(images, (inputs.arrays,), parallel_lib.SHARED)
+        self.runs[0].write_images(np.asarray(self.parallel.fetch(program(first))), step=0)
+        return itertools.chain([first], batches)
 
     def validation_update(self):
         """What is done to the state before every epoch: where the method learns from the validation split."""

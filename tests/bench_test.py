@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from configs import digits, folder
-from ffl_jax import bench, benchmark, cli
+from ffl_jax import bench, benchmark
 from ffl_jax.errors import ConfigError
 
 
@@ -16,7 +16,6 @@ def run(monkeypatch, capsys, tmp_path):
 
     def command(*arguments):
         argv = ["bench", *arguments, f"--json={tmp_path}/bench.json"]
-        monkeypatch.setattr(cli.sys, "argv", argv)
         bench.command(argv)
         return capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
 

@@ -432,7 +432,7 @@ with checkpoint.lock(sys.argv[1]), checkpoint.Checkpoints(sys.argv[1]) as checkp
 def test_killed_at_any_moment(tmp_path, warnings):
     generator = random.Random(1)
     last = 0
-    for _ in range(5):
+    for _ in range(3):
         saver = _python(SAVE_FOREVER, tmp_path, last)
         for line in saver.stdout:
             if int(line) >= last + 3:

@@ -15,7 +15,7 @@ def results(commands, tmp_path_factory):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("devices", evaluation_script.DEVICES)
 def test_every_example_counts_once(results, devices):
     """In batches of 8, whatever the size: counts equal NumPy's exactly, losses within float32."""
     images = (np.array(results["images"]) / 255 - 0.5) / 0.25
@@ -23,7 +23,7 @@ def test_every_example_counts_once(results, devices):
     logits = np.einsum("nd,kdc->knc", images.reshape(33, -1), np.array(results["kernels"]))
     predictions = {"sub_0": logits[0], "sub_1": logits[1], "ensemble": logits.mean(0)}
     for size in evaluation_script.SIZES:
-        scores = results["scores"][f"{devices} {size}"]
+        scores = results["scores"][f"{devices} {size}"]["predictions"]
         assert scores.keys() == predictions.keys()
         for name, z in predictions.items():
             correct = (z[:size].argmax(-1) == labels[:size]).sum()
@@ -32,3 +32,13 @@ def test_every_example_counts_once(results, devices):
             assert scores[name]["top1"] == correct / size, (size, name)
             assert scores[name]["top5"] == 1.0
             np.testing.assert_allclose(scores[name]["nll"], nll, rtol=1e-5, atol=1e-6)
+
+
+def test_diversity_does_not_depend_on_the_devices(results):
+    for size in evaluation_script.SIZES:
+        one = results["scores"][f"1 {size}"]["diversity"]
+        assert one.keys() == {"disagreement", "kl", "cka"}
+        for devices in evaluation_script.DEVICES[1:]:
+            other = results["scores"][f"{devices} {size}"]["diversity"]
+            for name, values in one.items():
+                np.testing.assert_allclose(other[name], values, rtol=1e-4, atol=1e-5, err_msg=name)

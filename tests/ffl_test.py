@@ -301,7 +301,7 @@ def test_overfits_a_few_images():
     def accuracies(state):
         variables = {"params": state.params, **state.model_state}
         sums = jax.device_get(evaluate(variables, batch | {"weight": jnp.ones(64)}))
-        return {name: metrics.classification_scores(one)["top1"] for name, one in sums.items()}
+        return {name: metrics.classification_scores(one)["top1"] for name, one in sums["predictions"].items()}
 
     before = accuracies(state)
     assert all(before[name] < 0.5 for name in ("sub_0", "sub_1", "fused"))

@@ -544,6 +544,7 @@ def test_a_leader_becomes_a_run_that_can_be_scored(command, tmp_path, capsys):
         f"written to {workdir}; score it with python -m ffl_jax.evaluate --workdir={workdir}",
     ]
     step, scores = evaluation.evaluate_checkpoint(workdir)
+    scores = scores["predictions"]
     assert step == 0
     config = outputs.read_json(workdir / "config.json")
     train, test, _ = digits.load(types.SimpleNamespace(image_size=0))

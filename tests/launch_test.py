@@ -286,6 +286,18 @@ def test_the_array_index_picks_method_and_seed(slurm, repository):
     ]
 
 
+def test_the_array_index_picks_a_network_too(slurm):
+    """The last of two methods, two networks and two seeds, and the one before the second network."""
+    changes = dict(METHODS="ffl dml", NETWORKS="resnet8 resnet8+resnet14", SEEDS="4 5", RUNS="out")
+    for index, network, seed in ((7, "resnet8+resnet14", 5), (5, "resnet8", 5)):
+        _, [[*command]] = slurm(SLURM_ARRAY_TASK_ID=index, **changes)
+        assert command[-3:] == [
+            f"--config=configs/cifar100.py:method=dml,network={network}",
+            f"--config.seed={seed}",
+            f"--workdir=out/dml-{network}-seed{seed}",
+        ]
+
+
 def test_a_job_that_is_no_array(slurm):
     changes = dict(METHODS="kd", SEEDS="3", RUNS="/shared/runs", CONFIG="configs/imagenet.py:epochs=9")
     _, [[*command]] = slurm(**changes)

@@ -1,13 +1,32 @@
-"""The commands' refusals: one line, the right exit code, and nothing touched; help and doctor."""
+"""The command's refusals: one line, the right exit code, and nothing touched; help and doctor."""
 
+import importlib
 import json
 import shlex
 import subprocess
 
-import conftest
 import numpy as np
 import pytest
+from absl import flags
+from conftest import MAIN
 from PIL import Image
+
+from ffl_jax import main
+from ffl_jax.errors import ConfigError, DatasetError
+
+
+@pytest.fixture
+def refused(monkeypatch, tmp_path):
+    """Calls `main` in this process and returns the message of the error that it must raise."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(error, *arguments):
+        argv = ["main", *arguments]
+        with pytest.raises(error) as raised:
+            main.command(argv)
+        return str(raised.value)
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -39,17 +58,25 @@ from PIL import Image
         (["stray"], "unexpected argument 'stray'"),
     ],
 )
-def test_configuration_errors(commands, tmp_path, arguments, text):
-    result = commands.run("-m", "ffl_jax.main", *arguments, code=2, cwd=tmp_path)
-    error = result.stderr.splitlines()[-1]
-    assert text in error
+def test_configuration_errors(refused, tmp_path, arguments, text):
+    assert text in refused((ConfigError, flags.Error), *arguments)
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
-def test_broken_config_file(commands, tmp_path):
+def test_broken_config_file(refused, tmp_path):
     (tmp_path / "broken.py").write_text("def get_config(arg=None):\n    return 1 / 0\n")
-    result = commands.run("-m", "ffl_jax.main", f"--config={tmp_path}/broken.py", code=2)
-    assert "broken.py:2" in result.stderr.splitlines()[-1]
+    assert "broken.py:2" in refused(ConfigError, f"--config={tmp_path}/broken.py")
+
+
+def test_refusals_are_one_line_with_an_exit_code(commands, tmp_path):
+    """What the tests above raise, as a user sees it."""
+    result = commands.run("-m", "ffl_jax.main", "--config.epohs=3", code=2, cwd=tmp_path)
+    (line,) = result.stderr.splitlines()
+    assert line == "error: unknown configuration key config.epohs: did you mean epochs?"
+    data = f"--config.data.data_dir={tmp_path}/nowhere"
+    result = commands.run(*("-m", "ffl_jax.main"), *FOLDER, data, code=3, cwd=tmp_path)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: config.data.data_dir {tmp_path}/nowhere does not exist; ")
 
 
 def test_batch_must_divide_by_devices(commands, tmp_path):
@@ -69,17 +96,15 @@ def make_tree(root, train=("cat", "dog"), test=("cat", "dog"), count=4):
                 Image.fromarray(pixels).save(root / split / name / f"{i}.png")
 
 
-FOLDER = ("-m", "ffl_jax.main", "--config=configs/folder.py:network=resnet8")
+FOLDER = ("--config=configs/folder.py:network=resnet8",)
 
 
-def test_dataset_errors(commands, tmp_path):
-    """The sources' own tests have the many cases; here the way from a bad folder to the exit code."""
+def test_dataset_errors(refused, tmp_path):
+    """The sources' own tests have the many cases; here the way from a bad folder."""
 
-    def run(root, *flags):
-        arguments = (*FOLDER, f"--config.data.data_dir={root}", f"--workdir={tmp_path}/run", *flags)
-        return commands.run(*arguments, code=3).stderr.splitlines()[-1]
+    def run(root):
+        return refused(DatasetError, *FOLDER, f"--config.data.data_dir={root}", f"--workdir={tmp_path}/run")
 
-    assert str(tmp_path / "nowhere") in run(tmp_path / "nowhere")
     make_tree(tmp_path / "differ", test=("cat", "dgo"))
     assert "dgo" in run(tmp_path / "differ")
     make_tree(tmp_path / "small")
@@ -92,19 +117,19 @@ def test_dataset_errors(commands, tmp_path):
 def test_own_folder_end_to_end(commands, tmp_path):
     """Trains, then changed data is refused."""
     make_tree(tmp_path / "data")
-    flags = (*FOLDER, f"--config.data.data_dir={tmp_path}/data", f"--workdir={tmp_path}/run")
-    commands.run(*flags, "--config.batch_size=4", "--config.epochs=1")
+    arguments = (*MAIN, "--config=configs/folder.py:network=tiny,epochs=1", "--config.batch_size=4")
+    arguments += (f"--config.data.data_dir={tmp_path}/data", f"--workdir={tmp_path}/run")
+    commands.run(*arguments)
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "completed"
     Image.new("RGB", (36, 40)).save(tmp_path / "data/train/cat/0.png")
-    result = commands.run(*flags, "--config.batch_size=4", "--config.epochs=1", code=4)
+    result = commands.run(*arguments, code=4)
     assert "dataset: fingerprint" in result.stderr
 
 
 def test_different_networks_side_by_side(commands, tmp_path):
-    arguments = ("--config=configs/digits.py:network=resnet8+resnet14", "--config.epochs=1")
-    commands.run("-m", "ffl_jax.main", *arguments, f"--workdir={tmp_path}")
+    commands.run(*MAIN, "--config=configs/digits.py:network=tiny+tiny_wide,epochs=1", f"--workdir={tmp_path}")
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["networks"] == ["resnet8", "resnet14"]
+    assert summary["networks"] == ["tiny", "tiny_wide"]
     sizes = {name: scores["parameters"] for name, scores in summary["predictors"].items()}
     assert sizes["sub_0"] < sizes["sub_1"] < sizes["ensemble"] == sizes["sub_0"] + sizes["sub_1"]
 
@@ -129,13 +154,18 @@ def test_full_disk(commands, tmp_path):
 
 
 @pytest.mark.parametrize("module", ["main", "evaluate", "doctor"])
-def test_help(commands, module):
-    result = commands.run("-m", f"ffl_jax.{module}", "--help")
-    assert f"python -m ffl_jax.{module}" in result.stdout
-    assert "--workdir" in result.stdout
+def test_help(module, capsys):
+    command = importlib.import_module(f"ffl_jax.{module}").command
+    with pytest.raises(SystemExit) as ended:
+        command([module, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python -m ffl_jax.{module}" in text
+    assert "--workdir" in text
 
 
 def test_doctor(commands, tmp_path):
+    """From a folder without `configs/`, which is looked for beside the package."""
     given = ("--config=configs/digits.py:network=resnet14", "--config.optimizer.decay_epochs=(3, 4)")
     result = commands.run("-m", "ffl_jax.doctor", *given, "--workdir=here", cwd=tmp_path, devices=2)
     assert "2 x cpu" in result.stdout
@@ -146,11 +176,3 @@ def test_doctor(commands, tmp_path):
     flags = ("--config=configs/cifar10.py", f"--config.data.data_dir={tmp_path}")
     result = commands.run("-m", "ffl_jax.doctor", *flags, code=3)
     assert "NOT USABLE" in result.stdout
-
-
-def test_works_from_any_folder(commands, tmp_path):
-    """A config file is looked for beside the package where the current folder has none."""
-    assert not (tmp_path / "configs").exists()
-    assert (conftest.ROOT / "configs/digits.py").exists()
-    result = commands.run("-m", "ffl_jax.doctor", "--config=configs/digits.py", cwd=tmp_path)
-    assert "digits: train 1437" in result.stdout

@@ -190,5 +190,5 @@ def test_network_taken_out_repeats_its_joint_prediction(setup, evaluated):
 
 def test_evaluation_counts_every_example(setup, evaluated):
     _, predictions, _, sums = evaluated
-    assert sums.keys() == predictions.keys()
-    assert all(float(one["count"]) == BATCH for one in sums.values())
+    assert sums["predictions"].keys() == predictions.keys()
+    assert all(float(one["count"]) == BATCH for one in sums["predictions"].values())

@@ -133,3 +133,68 @@ def test_sums_of_half_precision_logits_are_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
     rounded = np.asarray(logits, np.float64)
     chex.assert_trees_all_close(metrics.classification_scores(sums), reference(rounded, labels), rtol=1e-5)
+
+
+def reference_diversity(logits, features):
+    """In float64, from centred samples [N, D] rather than from sums."""
+    z = np.float64(logits)
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    centred = [x - x.mean(0) for x in map(np.float64, features)]
+
+    def alignment(x, y):
+        return np.square(x.T @ y).sum() / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
+
+    pairs = [[(i, j) for j in range(len(z))] for i in range(len(z))]
+    functions = {
+        "disagreement": lambda i, j: (z[i].argmax(-1) != z[j].argmax(-1)).mean(),
+        "kl": lambda i, j: (p[i] * np.log(p[i] / p[j])).sum(-1).mean(),
+        "cka": lambda i, j: alignment(centred[i], centred[j]),
+    }
+    return {name: np.array([[f(*pair) for pair in row] for row in pairs]) for name, f in functions.items()}
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (4, 2, 4)])
+def test_diversity(sizes):
+    """Three networks, the last nearly a rotation of the first; 6 of 20 images are padding."""
+    rng = np.random.default_rng(7)
+    logits = rng.normal(0, 2, (3, 20, 5)).astype(np.float32)
+    logits[2] = logits[0] + 0.1 * logits[2]
+    maps = [
+        rng.gamma(1, 1, (20, size, size, d)).astype(np.float32)
+        for size, d in zip(sizes, (6, 3, 6), strict=True)
+    ]
+    maps[2] = (maps[0] @ np.linalg.qr(rng.normal(size=(6, 6)))[0] + 0.1 * maps[2]).astype(np.float32)
+    weights = np.float32(np.arange(20) < 14)
+    whole = jax.device_get(jax.jit(metrics.diversity_sums)(logits, maps, weights))
+    actual = metrics.diversity_scores(whole)
+    samples = [x[:14].reshape(-1, x.shape[-1]) for x in maps]
+    if len(set(sizes)) > 1:
+        samples = [x[:14].mean((1, 2)) for x in maps]
+    expected = reference_diversity(logits[:, :14], samples)
+    assert expected["cka"][0, 2] > 0.9 > 0.5 > expected["cka"][0, 1]
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
+    halves = [
+        metrics.diversity_sums(logits[:, part], [x[part] for x in maps], weights[part])
+        for part in (slice(0, 10), slice(10, 20))
+    ]
+    merged = metrics.diversity_scores(jax.device_get(jax.tree.map(jnp.add, *halves)))
+    chex.assert_trees_all_close(merged, actual, rtol=1e-4, atol=1e-6)
+    assert metrics.mean_over_pairs(actual["kl"]) == pytest.approx(actual["kl"].sum() / 6, abs=1e-6)
+
+
+def test_constant_features_align_with_nothing():
+    maps = [np.ones((4, 1, 1, 2), np.float32), np.eye(4, dtype=np.float32).reshape(4, 1, 1, 4)]
+    sums = jax.device_get(metrics.diversity_sums(jnp.zeros((2, 4, 3)), maps, jnp.ones(4)))
+    np.testing.assert_allclose(metrics.diversity_scores(sums)["cka"], [[0, 0], [0, 1]], atol=1e-6)
+
+
+def test_reliability():
+    """Confidences 0.4, 0.9, 0.9 with three classes: bins 6 and 14 of 15, counted from 1."""
+    p = np.array([[0.4, 0.3, 0.3], [0.05, 0.9, 0.05], [0.9, 0.05, 0.05]])
+    sums = jax.device_get(classification_sums(jnp.log(p), np.array([0, 1, 1])))
+    diagram = {name: np.array(values) for name, values in metrics.reliability(sums).items()}
+    expected = {name: np.zeros(15) for name in diagram}
+    expected["count"][[5, 13]] = 1, 2
+    expected["confidence"][[5, 13]] = 0.4, 0.9
+    expected["accuracy"][[5, 13]] = 1, 0.5
+    chex.assert_trees_all_close(diagram, expected, rtol=1e-6)

@@ -1,6 +1,5 @@
 """One and several devices, pmap and shard_map, compute the same: in float64, where rounding hides nothing."""
 
-import os
 import pathlib
 
 import jax.numpy as jnp
@@ -15,8 +14,7 @@ SCRIPT = pathlib.Path(__file__).parent / "parallel_script.py"
 
 def run_script(commands, what, path):
     """{(mode or method, devices): {path: array}} after a few steps."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    commands.run(SCRIPT, what, path, env={"XLA_FLAGS": flags})  # everything is compiled for a step or two
+    commands.run(SCRIPT, what, path, devices=8)
     grouped = {}
     for name, value in np.load(path).items():
         run, devices, leaf = name.split(" ", 2)

@@ -1,23 +1,19 @@
 """Two processes of a device each train as one process of two does, and stop and continue together."""
 
 import json
-import os
 import signal
 import socket
 import time
 
-import conftest
 import numpy as np
 import pytest
+from conftest import MAIN
 
 from ffl_jax import outputs, processes
 from ffl_jax.errors import ConfigError, ResourceError
 
-# The command, where the networks of the tests are known.
-MAIN = "import conftest; from ffl_jax import cli, main; cli.run(main.command)"
-PATH = {"PYTHONPATH": os.pathsep.join([str(conftest.ROOT), str(conftest.ROOT / "tests")])}
 ARGUMENTS = (
-    *("-c", MAIN, "--config=configs/digits.py:network=tiny,epochs=2"),
+    *(*MAIN, "--config=configs/digits.py:network=tiny,epochs=2"),
     *("--config.batch_size=128", "--config.log_every_steps=4", "--config.evaluation.every_epochs=2"),
     # Rounding grows from step to step, faster at higher rates.
     *("--config.optimizer.learning_rate=0.01", "--config.parallel.mode=shard_map"),
@@ -31,7 +27,7 @@ def start(commands, workdir, *arguments):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     both = []
     for index in range(2):
-        variables = PATH | {
+        variables = {
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(index),
@@ -52,7 +48,7 @@ def finish(both, codes):
 @pytest.fixture(scope="module")
 def alone(commands, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
-    commands.run(*ARGUMENTS, f"--workdir={workdir}", devices=2, env=PATH)
+    commands.run(*ARGUMENTS, f"--workdir={workdir}", devices=2)
     return workdir
 
 

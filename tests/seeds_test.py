@@ -1,5 +1,6 @@
 """Several seeds in one program: each must end like a run of its own, and be one for every command."""
 
+import csv
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ from ffl_jax import config as config_lib
 from ffl_jax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from ffl_jax.experiment import Experiment
 from ffl_jax.parallel import Parallel
+from ffl_jax.reporting import report
 
 SEEDS = (3, 4)
 
@@ -87,7 +89,8 @@ def test_a_seed_is_a_run_for_other_commands(joint):
     workdir, summary = joint
     step, scores = evaluation.evaluate_checkpoint(workdir / "seed_4")
     assert step == 22
-    assert scores["sub_0"]["nll"] == pytest.approx(summary["predictors"]["sub_0"]["nll"][1], rel=1e-5)
+    nll = scores["predictions"]["sub_0"]["nll"]
+    assert nll == pytest.approx(summary["predictors"]["sub_0"]["nll"][1], rel=1e-5)
     with pytest.raises(ConfigError, match=r"holds 2 seeds: choose one, such as --workdir=.*/seed_3"):
         evaluation.evaluate_checkpoint(workdir)
 
@@ -232,3 +235,23 @@ def test_the_command_shows_mean_and_deviation(tmp_path, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "sub_0 60.00 ± 10.00 %" in output
     assert "runs/digits_ffl_resnet8_seeds2-4" in output
+
+
+def test_the_report_takes_the_seeds(joint, tmp_path):
+    """What real runs record is what the report reads."""
+    workdir, summary = joint
+    report.write([workdir], tmp_path)
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = {row["prediction"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == summary["predictors"].keys()
+    for name, row in rows.items():
+        for key in ("top1", "top5", "nll", "ece"):
+            values = summary["predictors"][name][key]
+            np.testing.assert_allclose(float(row[f"{key}_mean"]), np.mean(values))
+            np.testing.assert_allclose(float(row[f"{key}_std"]), np.std(values, ddof=1))
+        best = [one["predictors"][name]["top1"] for one in summary["best"]]
+        np.testing.assert_allclose(float(row["validation_chosen_top1_mean"]), np.mean(best))
+        assert (row["dataset"], row["method"], row["seeds"], row["epochs"]) == ("digits", "kdcl", "3 4", "2")
+    text = (tmp_path / "report.md").read_text()
+    assert "damaged" not in text
+    assert (tmp_path / "digits_curves.png").exists()

@@ -151,7 +151,7 @@ def describe(restored: evaluation.Restored, name: str | None = None) -> tuple[di
         "step": restored.step,
         "epoch": restored.step / experiment.steps_per_epoch,
         "seed": config.seed,
-        "test": restored.run["scores"].get("test", {}).get(name) if scored else None,
+        "test": restored.run["scores"].get("test", {}).get("predictions", {}).get(name) if scored else None,
         "architecture": architecture,
     }
     return card, variables

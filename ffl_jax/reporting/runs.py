@@ -1,0 +1,220 @@
+"""Finds run folders and reads what they hold, whatever state a run was left in."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ffl_jax.errors import ConfigError
+
+_FILES = ("config.json", "summary.json", "metrics.jsonl")
+_NO_RUNS = ("checkpoints", "tensorboard", "teachers")  # folders inside a run that are no runs to compare
+# What not every version of a summary has; of another kind than this, it counts as missing.
+_EXTRAS = {"best": dict, "reliability": dict, "diversity": dict, "training": dict}
+_EXTRAS |= {"versions": dict, "fingerprint": str, "device": str}
+_DEPTH = 3  # levels of folders that are searched for runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of one training, finished.
+
+    Attributes:
+      folder: where it is.
+      config, summary: of `config.json` and `summary.json`.
+      metrics: the lines of `metrics.jsonl`, in order; empty where the file is missing.
+    """
+
+    folder: Path
+    config: dict
+    summary: dict
+    metrics: list[dict]
+
+    @property
+    def dataset(self) -> str:
+        return self.summary["dataset"]
+
+    @property
+    def method(self) -> str:
+        return self.summary["method"]
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of the sub-networks, in order."""
+        return tuple(self.summary["networks"])
+
+    @property
+    def seed(self) -> int:
+        return self.summary["seed"]
+
+    @property
+    def shipped(self) -> str:
+        """The name of the prediction that a user should ship."""
+        return self.summary["deploy"]
+
+    @property
+    def predictors(self) -> dict[str, dict]:
+        return self.summary["predictors"]
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A run folder whose numbers are in no mean.
+
+    Attributes:
+      folder: where it is.
+      reason: why, as the end of a sentence.
+      identity: (dataset, method, networks, seed) if its files tell, else None.
+    """
+
+    folder: Path
+    reason: str
+    identity: tuple | None = None
+
+
+def read(folders: Sequence[str]) -> tuple[list[Run], list[Unusable], dict[Path, str]]:
+    """Reads run folders, and every run inside folders that hold some.
+
+    Args:
+      folders: runs, workdirs of several seeds, or folders of either.
+
+    Returns:
+      (finished runs, those that cannot be used, {folder: what is wrong with its curves}); a run that is named
+      twice is there once.
+
+    Raises:
+      ConfigError: a folder is missing or holds no run, none is finished, or two runs differ in nothing that a
+        table shows.
+    """
+    found: dict[Path, None] = {}
+    for name in folders:
+        folder = Path(name)
+        if not folder.is_dir():
+            raise ConfigError(f"{name} is no folder: give folders of runs, or folders that hold them.")
+        inside = list(_search(folder, _DEPTH))
+        if not inside:
+            raise ConfigError(f"{name} holds no run (no config.json or summary.json): give a --workdir.")
+        found |= dict.fromkeys(path.resolve() for path in inside)
+    runs, unusable, damaged = [], [], {}
+    for folder in found:
+        run = _read_run(folder, damaged)
+        (runs if isinstance(run, Run) else unusable).append(run)
+    if not runs:
+        first = unusable[0]
+        raise ConfigError(
+            f"none of {len(unusable)} run(s) can be used: {first.folder}: {first.reason}; finish one first."
+        )
+    _refuse_twins(runs)
+    return runs, unusable, damaged
+
+
+def _search(folder: Path, depth: int):
+    """The run folders in a folder: itself, its seeds, or those further down."""
+    inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    seeds = [path for path in inside if path.name.startswith("seed_") and _is_run(path)]
+    if seeds:
+        yield from seeds
+    elif _is_run(folder):
+        yield folder
+    elif depth:
+        for path in inside:
+            if path.name not in _NO_RUNS and not path.name.startswith("."):
+                yield from _search(path, depth - 1)
+
+
+def _is_run(folder):
+    return any((folder / name).is_file() for name in _FILES)
+
+
+def _read_run(folder: Path, damaged: dict[Path, str]) -> Run | Unusable:
+    read = {}
+    for name in _FILES[:2]:
+        try:
+            read[name] = json.loads((folder / name).read_text())
+        except FileNotFoundError:
+            read[name] = None
+        except (OSError, ValueError) as error:
+            return Unusable(folder, f"{name} cannot be read ({error})")
+        if read[name] is not None and not isinstance(read[name], dict):
+            return Unusable(folder, f"{name} is not that of a run")
+    config, summary = read.values()
+    if summary is None:
+        return Unusable(folder, "no summary.json, it has not come to its end")
+    if isinstance(summary.get("seed"), list):
+        return Unusable(folder, "its summary is of several seeds, whose folders seed_N are gone")
+    wrong = _wrong(summary)
+    if wrong:
+        return Unusable(folder, f"summary.json {wrong}")
+    identity = (summary["dataset"], summary["method"], tuple(summary["networks"]), summary["seed"])
+    if summary["status"] != "completed":
+        where = f"at step {summary.get('step')}, epoch {_number(summary.get('epoch'))}"
+        return Unusable(folder, f"{summary['status']} {where}", identity)
+    top1 = summary["predictors"][summary["deploy"]].get("top1")
+    if not isinstance(top1, int | float) or not math.isfinite(top1):
+        return Unusable(folder, f"summary.json has no test scores of {summary['deploy']}", identity)
+    if config is None:
+        return Unusable(folder, "no config.json, so that nobody knows how it was trained", identity)
+    extras = {key: value for key, value in summary.items() if isinstance(value, _EXTRAS.get(key, object))}
+    return Run(folder, config, extras, _read_metrics(folder, damaged))
+
+
+def _wrong(summary: dict) -> str | None:
+    """What a summary lacks, as a verb and its object."""
+    kinds = {"status": str, "seed": int, "method": str, "networks": list, "dataset": str, "deploy": str}
+    for key, kind in (kinds | {"predictors": dict}).items():
+        if key not in summary:
+            return f"lacks {key!r}"
+        if not isinstance(summary[key], kind):
+            return f"has {key!r} of another kind: {summary[key]!r}"
+    predictors = summary["predictors"]
+    if not all(isinstance(scores, dict) for scores in predictors.values()):
+        return "has 'predictors' of another kind"
+    if not summary["networks"] or not all(isinstance(network, str) for network in summary["networks"]):
+        return f"names no networks: {summary['networks']!r}"
+    if summary["deploy"] not in predictors:
+        return f"has no predictor {summary['deploy']!r}, which it says to ship"
+    return None
+
+
+def _read_metrics(folder: Path, damaged: dict[Path, str]) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        damaged[folder] = "no metrics.jsonl"
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            rows.append({"epoch": float(row["epoch"]), "split": str(row["split"])} | row)
+        except (ValueError, KeyError, TypeError):
+            continue
+    if len(rows) < len(lines):
+        damaged[folder] = f"{len(lines) - len(rows)} damaged line(s)"
+    return rows
+
+
+def _refuse_twins(runs: list[Run]):
+    """One row shows one run of each seed: which of two, only the user knows."""
+    seen: dict[tuple, Run] = {}
+    for run in runs:
+        identity = (run.dataset, run.method, run.networks, run.seed)
+        if identity in seen:
+            other = seen[identity]
+            keys = sorted(
+                key
+                for key in run.config.keys() | other.config.keys()
+                if run.config.get(key) != other.config.get(key)
+            )
+            differ = f"which differ in config.{', config.'.join(keys)}" if keys else "of equal configuration"
+            raise ConfigError(
+                f"two runs of {run.method} on {run.dataset} with {'+'.join(run.networks)} have seed "
+                f"{run.seed}: {other.folder} and {run.folder}, {differ}; leave one out."
+            )
+        seen[identity] = run
+
+
+def _number(value) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)

@@ -1,0 +1,623 @@
+"""The report on run folders written here by hand, with numbers that can be checked on paper."""
+
+import csv
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from PIL import Image
+
+from ffl_jax.data import base
+from ffl_jax.errors import ConfigError
+from ffl_jax.methods import METHODS
+from ffl_jax.models import NETWORKS
+from ffl_jax.reporting import cells, comparability, drawing, groups, published, report, runs, statistics
+
+# Test top-1 of what is shipped, in percent, by seed. FFL: mean 55, deviation the root of (4 + 1 + 9) / 2.
+FFL = {0: 53.0, 1: 54.0, 2: 58.0}
+ALONE = {0: 50.0, 1: 52.0, 2: 54.0}  # FFL less these: 3, 2 and 4, so mean 3 and deviation 1
+CONFIG = {
+    "seed": 0,
+    "num_seeds": 1,
+    "epochs": 2,
+    "batch_size": 64,
+    "precision": "float32",
+    "method": {"name": "", "temperature": 3.0},
+    "optimizer": {"name": "sgd", "learning_rate": 0.1, "weight_decay": 1e-4, "decay_epochs": [1]},
+    "optimizer_rules": [],
+    "data": {"name": "cifar10", "data_dir": "/somewhere", "flip": True, "validation_examples": 0},
+    "subnetworks": {"network": "resnet32", "num": 2, "shared_stages": 2, "execution": "loop"},
+    "evaluation": {"batch_size": 500},
+}
+
+
+def scores(top1, parameters=1000, flops=2e6):
+    return {
+        "top1": top1 / 100,
+        "top5": 0.9,
+        "nll": 1.5,
+        "ece": 0.05,
+        "parameters": parameters,
+        "flops": flops,
+    }
+
+
+def write_run(folder, method="ffl", seed=0, top1=53.0, new=False, status="completed", **settings):
+    """A finished run of two ResNet-32; `new` adds what early versions did not record."""
+    folder.mkdir(parents=True)
+    config = json.loads(json.dumps(CONFIG))
+    config["seed"], config["method"]["name"] = seed, method
+    for key, value in settings.items():
+        section, _, name = key.rpartition("__")
+        (config[section] if section else config)[name] = value
+    predictors = {"ensemble": scores(top1 + 1, 2000, 4e6), "sub_0": scores(top1), "sub_1": scores(top1 - 1)}
+    summary = {
+        "status": status,
+        "step": 20,
+        "epoch": 2.0,
+        "seed": seed,
+        "method": method,
+        "networks": ["resnet32", "resnet32"],
+        "dataset": config["data"]["name"],
+        "predictors": predictors,
+        "deploy": "sub_0",
+        "best": None,
+        "images_per_second": 100.0 + seed,
+        "device": "1 x cpu",
+        "versions": {"jax": "0.10.2"},
+    }
+    lines = []
+    for epoch in (1, 2):
+        line = {"step": 10 * epoch, "epoch": float(epoch), "split": "test", "sub_0/nll": 2.0 / epoch}
+        line["sub_0/top1"] = epoch / 2 * top1 / 100
+        lines += [{"step": 10 * epoch, "epoch": float(epoch), "split": "train", "sub_0/nll": 1.5}, line]
+        if new:
+            line |= {"diversity/disagreement": 0.2, "diversity/kl": 0.1, "diversity/cka": 0.9}
+    if new:
+        bins = {
+            "count": [0] * 13 + [10, 30],
+            "confidence": [0] * 13 + [0.9, 0.97],
+            "accuracy": [0] * 13 + [0.8, 0.9],
+        }
+        summary |= {
+            "reliability": {name: bins for name in predictors},
+            "diversity": {"disagreement": 0.25, "kl": 0.125, "cka": 0.75},
+            "training": {"flops": 2e15, "seconds": 5025.0 + 60 * seed},
+            "fingerprint": "0123456789abcdef",
+            "best": {
+                "step": 10,
+                "epoch": 1.0,
+                "validation_top1": 0.6,
+                "predictors": {"sub_0": scores(top1 - 5)},
+            },
+        }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def write_both(folder, **options):
+    for method, values in (("ffl", FFL), ("independent", ALONE)):
+        for seed, top1 in values.items():
+            write_run(folder / f"{method}_seed{seed}", method, seed, top1, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Reports on runs with all fields, and on runs of an early version."""
+    folder = tmp_path_factory.mktemp("report")
+    report.write([write_both(folder / "new_runs", new=True)], folder / "new")
+    report.write([write_both(folder / "old_runs")], folder / "old")
+    return folder
+
+
+def rows_of(folder):
+    with open(folder / "results.csv", newline="") as file:
+        return {(row["method"], row["prediction"]): row for row in csv.DictReader(file)}
+
+
+# -- statistics --------------------------------------------------------------------------------------------
+
+
+def test_spread():
+    one = statistics.spread([53.0, 54.0, None, 58.0])
+    assert (one.mean, one.count) == (55, 3)
+    assert one.std == pytest.approx(2.6457513)
+    assert statistics.spread([4.0]) == statistics.Spread(4.0, None, 1)
+    assert statistics.spread([None]) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (31, 2.042)]
+)
+def test_the_interval_follows_the_printed_table_of_t(count, quantile):
+    """Two-sided 95 %, count - 1 degrees of freedom: three decimals, as in any textbook."""
+    ours = {seed: float(seed % 2) for seed in range(count)} | {99: 5.0}
+    theirs = {seed: 0.0 for seed in range(count)} | {98: 5.0}
+    ones = count // 2
+    mean = ones / count
+    variance = (ones * (1 - mean) ** 2 + (count - ones) * mean**2) / (count - 1)
+    one = statistics.paired_difference(ours, theirs)
+    assert (one.count, one.mean) == (count, pytest.approx(mean))
+    half = quantile * (variance / count) ** 0.5
+    assert (one.low, one.high) == pytest.approx((mean - half, mean + half), abs=1e-3)
+
+
+def test_too_few_pairs():
+    assert statistics.paired_difference({0: 3.0, 1: 1.0}, {0: 1.0}) == statistics.Difference(
+        2.0, None, None, 1
+    )
+    assert statistics.paired_difference({0: 3.0}, {1: 1.0}) is None
+    assert not statistics.Difference(2.0, None, None, 1).clear
+    assert statistics.Difference(2.0, 0.1, 3.9, 3).clear
+
+
+# -- run folders -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_runs_seeds_and_a_run_named_twice(tmp_path):
+    write_run(tmp_path / "runs" / "ffl_seed0")
+    joint = tmp_path / "runs" / "joint"
+    for seed in (1, 2):
+        write_run(joint / f"seed_{seed}", seed=seed)
+        write_run(joint / f"seed_{seed}" / "teachers" / "0", seed=seed)  # belongs to its student
+    shutil.copy(joint / "seed_1" / "config.json", joint)
+    (joint / "summary.json").write_text(json.dumps({"status": "completed", "seed": [1, 2]}))
+    found, unusable, damaged = runs.read([tmp_path / "runs", joint, joint / "seed_2"])
+    assert sorted(run.folder.name for run in found) == ["ffl_seed0", "seed_1", "seed_2"]
+    assert (unusable, damaged) == ([], {})
+    (members,) = groups.group(found, unusable).values()
+    assert [one.seeds for one in members] == [[0, 1, 2]]
+
+
+def damage(folder, **changes):
+    """Changes a summary; None takes the key out."""
+    summary = json.loads((folder / "summary.json").read_text()) | changes
+    kept = {key: value for key, value in summary.items() if value is not None}
+    (folder / "summary.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (lambda run: (run / "summary.json").unlink(), "no summary.json, it has not come to its end"),
+        (lambda run: (run / "summary.json").write_text('{"status": "comp'), "summary.json cannot be read"),
+        (lambda run: (run / "summary.json").write_text("[]"), "summary.json is not that of a run"),
+        (lambda run: (run / "config.json").unlink(), "no config.json"),
+        (lambda run: damage(run, status="preempted"), "preempted at step 20, epoch 2"),
+        (lambda run: damage(run, status="diverged"), "diverged at step 20, epoch 2"),
+        (lambda run: damage(run, deploy=None), "summary.json lacks 'deploy'"),
+        (lambda run: damage(run, deploy="leader"), "no predictor 'leader'"),
+        (lambda run: damage(run, predictors={"sub_0": {"flops": 1}}), "no test scores of sub_0"),
+        (lambda run: damage(run, predictors={"sub_0": 3}), "'predictors' of another kind"),
+        (lambda run: damage(run, networks="resnet32"), "'networks' of another kind"),
+        (lambda run: damage(run, seed=[0, 1]), "several seeds, whose folders seed_N are gone"),
+    ],
+)
+def test_a_run_that_cannot_be_used_is_named_and_left_out(tmp_path, break_it, reason):
+    broken = write_run(tmp_path / "a", seed=0)
+    break_it(broken)
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        runs.read([broken])
+    write_run(tmp_path / "b", seed=1)
+    found, unusable, _ = runs.read([tmp_path])
+    assert [run.seed for run in found] == [1]
+    assert (unusable[0].folder, reason in unusable[0].reason) == (broken, True)
+
+
+def test_damaged_lines_of_metrics_are_left_out(tmp_path):
+    folder = write_run(tmp_path / "a")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('[1]\n{"step": 30, "ep')
+    (run,), _, damaged = runs.read([folder])
+    assert len(run.metrics) == 4
+    assert damaged == {folder: "2 damaged line(s)"}
+    (folder / "metrics.jsonl").unlink()
+    assert runs.read([folder])[2] == {folder: "no metrics.jsonl"}
+
+
+def test_damaged_extras_count_as_missing(tmp_path):
+    runs_folder = write_both(tmp_path / "runs", new=True)
+    damage(runs_folder / "ffl_seed0", reliability="x", diversity=[], training=3, best={"predictors": 1})
+    damage(runs_folder / "ffl_seed1", reliability={"sub_0": {"count": [1], "confidence": []}}, versions=[1])
+    damage(runs_folder / "ffl_seed2", training={"flops": "many", "seconds": float("inf")}, fingerprint=4)
+    with open(runs_folder / "ffl_seed0" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "epoch": 3.0, "split": "test", "sub_0/top1": "good"}\n')
+    report.write([runs_folder], tmp_path / "out")
+    row = rows_of(tmp_path / "out")["ffl", "sub_0"]
+    assert (float(row["top1_mean"]), float(row["training_flops_mean"])) == (pytest.approx(0.55), 2e15)
+    assert row["training_seconds_mean"] == "nan"
+
+
+def test_refusals(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", method__temperature=4.0)
+    with pytest.raises(
+        ConfigError, match=r"two runs of ffl .* seed 0: .*/a and .*/b, .* config.method; leave one"
+    ):
+        runs.read([tmp_path])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no run"):
+        runs.read([tmp_path / "empty"])
+    with pytest.raises(ConfigError, match="is no folder"):
+        runs.read([tmp_path / "none"])
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        report.write([tmp_path / "a"], tmp_path / "file")
+
+
+# -- what compares -----------------------------------------------------------------------------------------
+
+
+def check(folder):
+    """(warnings, notes) on all runs in a folder, as text."""
+    found, unusable, _ = runs.read([folder])
+    (members,) = groups.group(found, unusable).values()
+    return tuple("\n".join(texts) for texts in comparability.check(members))
+
+
+def test_alike_runs_give_no_warning(tmp_path):
+    assert check(write_both(tmp_path)) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "warning"),
+    [
+        ("epochs", 3, "`epochs`: 2 in ffl, independent seed 0, 1; 3 in independent seed 2."),
+        ("batch_size", 32, "`batch_size`: 64 in ffl, independent seed 0, 1; 32 in independent seed 2."),
+        ("precision", "bfloat16", "`precision`: float32 in ffl, independent seed 0, 1; bfloat16 in"),
+        (
+            "data__flip",
+            False,
+            "`data.flip`: True in ffl, independent seed 0, 1; False in independent seed 2.",
+        ),
+        ("optimizer__learning_rate", 0.05, "`optimizer.learning_rate`: 0.1 in"),
+        (
+            "method__temperature",
+            4.0,
+            "`method.temperature`: 3 in independent seed 0, 1; 4 in independent seed 2.",
+        ),
+        ("optimizer_rules", [[".*", {}]], "`optimizer_rules`: () in independent seed 0, 1;"),
+        ("subnetworks__shared_stages", 0, "`subnetworks.shared_stages`: 2 in independent seed 0, 1; 0 in"),
+    ],
+)
+def test_a_setting_that_differs_is_named_with_values_and_runs(tmp_path, setting, value, warning):
+    write_both(tmp_path)
+    shutil.rmtree(tmp_path / "independent_seed2")
+    write_run(tmp_path / "independent_seed2", "independent", 2, **{setting: value})
+    assert warning in check(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("method__temperature", 4.0),
+        ("evaluation__batch_size", 3),
+        ("subnetworks__execution", "vmap"),
+        ("precision", None),
+    ],
+)
+def test_what_may_differ_does(tmp_path, setting, value):
+    """A method's own settings, those that change no number, and those that an early version did not have."""
+    write_run(tmp_path / "a", "ffl", 0, **{setting: value})
+    write_run(tmp_path / "b", "ffl", 1, **{setting: value})
+    for seed in (0, 1):
+        write_run(tmp_path / f"alone{seed}", "independent", seed)
+    assert check(tmp_path) == ("", "")
+
+
+def test_notes_on_the_methods_own(tmp_path):
+    for seed in (0, 1):
+        write_run(
+            tmp_path / f"ffl{seed}", "ffl", seed, optimizer_rules=[["x", {}]], subnetworks__shared_stages=1
+        )
+        write_run(tmp_path / f"alone{seed}", "independent", seed)
+    damage(tmp_path / "ffl0", device="1 x H100")
+    warnings, notes = check(tmp_path)
+    assert warnings == ""
+    assert "`subnetworks.shared_stages`: 1 in ffl; 2 in independent." in notes
+    assert "`optimizer_rules`: ffl set some parameters' optimiser apart" in notes
+    assert "`device`: 1 x cpu in independent, ffl seed 1; 1 x H100 in ffl seed 0." in notes
+
+
+def test_seeds_versions_data_and_unfinished_runs(tmp_path):
+    write_both(tmp_path)
+    damage(tmp_path / "ffl_seed0", status="diverged")
+    damage(tmp_path / "ffl_seed1", status="preempted")
+    damage(tmp_path / "ffl_seed2", versions={"jax": "0.11.0"}, fingerprint="a" * 40)
+    damage(tmp_path / "independent_seed0", fingerprint="b" * 40)
+    warnings, _ = check(tmp_path)
+    assert f"`{tmp_path}/ffl_seed0`: diverged at step 20, epoch 2; left out of every mean." in warnings
+    assert "One run only, which says nothing about chance: ffl." in warnings
+    assert "`seed`: 2 in ffl; 0, 1, 2 in independent. Means are over different seeds." in warnings
+    assert "`versions.jax`: 0.10.2 in independent; 0.11.0 in ffl." in warnings
+    assert "`fingerprint`: aaaaaaaaaaaa in ffl; bbbbbbbbbbbb in independent seed 0." in warnings
+
+
+def test_image_folders_of_early_versions_are_told_apart_by_their_place(tmp_path):
+    for seed, place in ((0, "/a"), (1, "/b")):
+        write_run(tmp_path / str(seed), seed=seed, data__name="folder", data__data_dir=place)
+    warnings, _ = check(tmp_path)
+    assert "`data.data_dir`: /a in ffl seed 0; /b in ffl seed 1." in warnings
+    assert "No independent training with the same network beside ffl" in warnings
+
+
+def test_the_baseline_is_the_same_network(tmp_path):
+    """Two plain networks in one run stand for one; other networks do not."""
+    for name, method, names in (
+        ("a", "independent", ["resnet32"]),
+        ("b", "independent", ["resnet32", "wrn16_2"]),
+        ("c", "ffl", ["resnet32", "wrn16_2"]),
+        ("d", "kd", ["wrn16_2"]),
+        ("e", "dml", ["resnet32"]),
+    ):
+        damage(write_run(tmp_path / name, method), networks=names)
+    found, unusable, _ = runs.read([tmp_path])
+    (members,) = groups.group(found, unusable).values()
+    by_folder = {one.runs[0].folder.name: one for one in members}
+    bases = {name: groups.baseline(one, members) for name, one in by_folder.items()}
+    assert bases == {"a": None, "b": None, "c": by_folder["b"], "d": None, "e": by_folder["a"]}
+
+
+# -- published figures -------------------------------------------------------------------------------------
+
+
+def test_published_figures_by_dataset_network_and_method():
+    (ffl,) = published.lookup("cifar10", "resnet32", "ffl")
+    assert (ffl.top1, ffl.std, ffl.epochs, ffl.prediction, ffl.second_hand) == (
+        94.01,
+        0.11,
+        300,
+        "network",
+        True,
+    )
+    assert "AAAI 2021" in ffl.source.citation
+    ffsd = published.lookup("cifar100", "resnet32", "ffsd")[0]  # of 74.92, 74.82 and 74.82
+    assert (ffsd.top1, ffsd.std, ffsd.runs, ffsd.selection) == (74.85, 0.06, 3, "best")
+    assert published.lookup("cifar100", "resnet110", "ffl") == []  # that table's ResNet-110 has bottlenecks
+    assert published.lookup("cifar100", "resnet110_bottleneck", "ffl")[0].top1 == 77.22
+    assert published.lookup("digits", "resnet8", "ffl") == []
+
+
+def test_every_published_row_can_be_met():
+    rows = published._figures()
+    assert len(
+        {(row.dataset, row.network, row.method, row.prediction, row.source.key, row.top1) for row in rows}
+    ) == len(rows)
+    for row in rows:
+        assert row.dataset in {"cifar10", "cifar100", "imagenet2012", *base.SOURCES}
+        assert row.network in NETWORKS, row
+        assert row.method in METHODS, row
+        assert row.prediction in ("network", "ensemble", "unknown")
+        assert row.selection in ("last", "best", "unknown")
+        assert 50 < row.top1 < 100
+        assert row.std is None or 0 < row.std < 1
+        assert row.source.url.startswith("https://")
+    assert {row.source.key for row in rows} == set(published.sources())
+
+
+# -- tables ------------------------------------------------------------------------------------------------
+
+
+def test_markdown(written):
+    text = (written / "new" / "report.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    lines = text.splitlines()
+    # 3 ± 4.303 / sqrt(3) = 3 ± 2.484
+    ffl = "| ffl | resnet32 × 2 | sub_0 | 55.00 ± 2.65 | 50.00 ± 2.65 | +3.00 [+0.52, +5.48], n = 3 "
+    ffl += "| 94.01 ± 0.11 [1]† | 3 | 2 |"
+    assert ffl in lines
+    alone = "| independent | resnet32 × 2 | sub_0 | 52.00 ± 2.00 | 47.00 ± 2.00 | – | – | 3 | 2 |"
+    assert lines.index(alone) == lines.index(ffl) + 1
+    assert "| ffl | sub_0 55.00 ± 2.65, sub_1 54.00 ± 2.65 | ensemble 56.00 ± 2.65 |" in lines
+    cost = "| 1.500 ± 0.000 | 0.050 ± 0.000 | 90.00 ± 0.00 | 1,000 | 2 M | 2 P | 1 h 25 min | 101 ± 1 "
+    cost += "| 25.0 ± 0.0 | 0.125 ± 0.000 | 0.750 ± 0.000 |"
+    assert f"| ffl | resnet32 × 2 {cost}" in lines
+    assert "above: ffl; below: none; not told apart: none." in text
+    assert "compare only where the recipe is the same" in text
+    assert "| ffl | resnet32 | one network | 55.00 ± 2.65 | 2 | 94.01 ± 0.11 [1]† | – | 300 | – |" in text
+    assert "1. Wu and Gong" in text
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    names = ["accuracy", "curves", "losses", "cost", "reliability", "diversity"]
+    assert pictures == [f"cifar10_{name}.png" for name in names]
+    for name in pictures:
+        with Image.open(written / "new" / name) as image:
+            assert len(image.convert("RGB").getcolors(10**6)) > 50, "nothing is drawn"
+
+
+def test_what_early_versions_did_not_record_is_left_out_and_said(written):
+    text = (written / "old" / "report.md").read_text()
+    assert "| ffl | resnet32 × 2 | sub_0 | 55.00 ± 2.65 | +3.00 [+0.52, +5.48], n = 3 |" in text
+    assert "Empty, and left out: chosen by validation, %." in text
+    assert "Empty, and left out: training FLOPs; training time; disagreement %; KL; CKA." in text
+    assert "- Reliability: the runs record no `reliability`." in text
+    assert not (written / "old" / "cifar10_diversity.png").exists()
+    assert rows_of(written / "old")["ffl", "sub_0"]["training_flops_mean"] == ""
+
+
+def test_csv_has_every_number_unrounded(written):
+    rows = rows_of(written / "new")
+    assert list(rows) == [
+        (method, name) for method in ("ffl", "independent") for name in ("sub_0", "sub_1", "ensemble")
+    ]
+    ffl = rows["ffl", "sub_0"]
+    expected = {  # of the seeds' numbers above, by hand
+        "top1_mean": 0.55,
+        "top1_std": 0.026457513110645906,
+        "validation_chosen_top1_mean": 0.5,
+        "difference_mean": 0.03,
+        "training_seconds_mean": 5085,
+        "training_seconds_std": 60,
+        "images_per_second_mean": 101,
+        "flops": 2e6,
+    }
+    assert {key: float(ffl[key]) for key in expected} == pytest.approx(expected)
+    assert float(ffl["difference_low"]) == pytest.approx(0.03 - 0.04303 / 3**0.5, abs=1e-5)
+    assert (ffl["seeds"], ffl["difference_seeds"], ffl["ships"], ffl["epochs"]) == ("0 1 2", "3", "yes", "2")
+    assert (ffl["validation_chosen_epochs"], ffl["published_percent"]) == ("1", "94.01 ± 0.11 (PCL paper)")
+    assert rows["ffl", "ensemble"]["difference_mean"] == rows["independent", "sub_0"]["difference_mean"] == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (999, "999"), (23514410, "23.5 M"), (1e9, "1 G"), (3.27e16, "32.7 P")]
+)
+def test_large_numbers(value, text):
+    assert cells.scaled(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(97.2, "97 s"), (200, "3 min"), (5025, "1 h 24 min"), (90_000, "25 h 00 min")]
+)
+def test_durations(seconds, text):
+    assert cells.duration(seconds) == text
+
+
+def test_markdown_shows_what_is_written():
+    assert cells.escape("a|b <i> `c` *d* sub_0") == "a\\|b \\<i> \\`c\\` \\*d\\* sub_0"
+
+
+def test_labels_keep_their_distance():
+    """Three that crowd around 1 are centred there; the fourth is far away."""
+    assert drawing.spaced([0.9, 1.0, 1.1, 5.0], 1.0) == pytest.approx([0.0, 1.0, 2.0, 5.0])
+
+
+# -- the page ----------------------------------------------------------------------------------------------
+
+# Shows the page as wide as a phone, sorts its first table, and tells what a browser made of it.
+WATCH = """<!doctype html><iframe id="page" style="width: 390px; height: 800px" src="%s"></iframe><pre></pre>
+<script>
+onload = () => {
+  const {contentDocument: page, contentWindow: view} = document.getElementById("page");
+  const body = page.querySelector("table").tBodies[0];
+  const methods = () => [...body.rows].map((row) => row.cells[0].textContent);
+  const found = {
+    title: page.title,
+    width: page.documentElement.scrollWidth,
+    requests: view.performance.getEntriesByType("resource").map((entry) => entry.name),
+    images: [...page.images].map((image) => image.naturalWidth),
+    before: methods(),
+  };
+  page.querySelectorAll("th button")[3].click();
+  page.querySelectorAll("th button")[3].click();
+  document.querySelector("pre").textContent = JSON.stringify({...found, after: methods()});
+};
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def browse():
+    """Opens a page in a browser that reaches no network; returns (what it found, lines on its console)."""
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if binary is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+
+    def open_page(path, profile):
+        watch = path.with_name("watch.html")
+        watch.write_text(WATCH % path.name)
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        options += ["--allow-file-access-from-files", "--host-resolver-rules=MAP * ~NOTFOUND"]
+        options += ["--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", f"file://{watch}"]
+        result = subprocess.run([binary, *options], capture_output=True, text=True, timeout=120, check=True)
+        found = re.search(r"<pre>(.+)</pre>", result.stdout)
+        assert found, result.stdout + result.stderr
+        console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+        return json.loads(html.unescape(found[1])), console
+
+    return open_page
+
+
+def test_page_in_a_browser(written, browse, tmp_path):
+    found, console = browse(written / "new" / "index.html", tmp_path)
+    assert console == []
+    assert found["requests"] == []
+    assert found["title"] == "Runs compared · cifar10"
+    assert len(found["images"]) == 6
+    assert min(found["images"]) > 500
+    assert found["width"] <= 390, "a phone would scroll the page sideways"
+    assert found["before"] == ["ffl", "independent"]
+    assert found["after"] == ["independent", "ffl"], "by top-1, the smallest first"
+
+
+def test_the_browser_would_tell(written, browse, tmp_path):
+    """The same eyes on a page with an error, a request and something wide."""
+    page = (written / "old" / "index.html").read_text()
+    wrong = '<img src="http://outside.invalid/a.png" style="width: 900px"><script>nonsense()</script></body>'
+    (tmp_path / "index.html").write_text(page.replace("</body>", wrong))
+    found, console = browse(tmp_path / "index.html", tmp_path / "profile")
+    assert "nonsense is not defined" in console[0]
+    assert found["requests"] == ["http://outside.invalid/a.png"]
+    assert found["width"] > 390
+
+
+def test_page_holds_all_that_it_shows(written):
+    """Without a browser: well-formed, nothing is fetched, and both themes have their figures."""
+    sources, open_tags = [], []
+
+    class Parser(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta", "link", "img", "source"):
+                open_tags.append(tag)
+            fetched = ("src", "srcset", "href") if tag != "a" else ()
+            sources.extend(value for key, value in attributes if key in fetched)
+
+        def handle_endtag(self, tag):
+            assert open_tags.pop() == tag
+
+    page = (written / "new" / "index.html").read_text()
+    Parser(convert_charrefs=True).feed(page)
+    assert open_tags == []
+    assert len(sources) == 13  # six figures, light and dark, and the icon
+    assert all(value.startswith("data:") for value in sources)
+    assert "url(" not in page
+    assert len(set(sources)) == 13
+
+
+def test_text_from_files_is_no_markup(tmp_path):
+    for seed in (0, 1):
+        damage(write_run(tmp_path / "runs" / str(seed), seed=seed), dataset="<script>x|y", device="`<b>`")
+    report.write([tmp_path / "runs"], tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<script>x" not in page
+    assert "<b>" not in page
+    assert (tmp_path / "out" / "_script_x_y_accuracy.png").exists()
+
+
+# -- the command -------------------------------------------------------------------------------------------
+
+
+def test_command(commands, tmp_path):
+    write_run(tmp_path / "runs" / "a", seed=0)
+    write_run(tmp_path / "runs" / "b", seed=1)
+    result = commands.run("-m", "ffl_jax.report", "runs/a", "--output=out", "runs/b", cwd=tmp_path)
+    assert result.stdout.startswith(
+        "written to out: report.md, results.csv, index.html, cifar10_accuracy.png"
+    )
+    assert "2 finished runs" in result.stderr
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted(
+        [
+            "report.md",
+            "results.csv",
+            "index.html",
+            *(f"cifar10_{name}.png" for name in ("accuracy", "curves", "losses", "cost")),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--output=out"], "no run is given"),
+        (["runs"], "--output is missing"),
+        (["nowhere", "--output=out"], "nowhere is no folder"),
+    ],
+)
+def test_usage(commands, tmp_path, arguments, text):
+    result = commands.run("-m", "ffl_jax.report", *arguments, code=2, cwd=tmp_path)
+    assert text in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
