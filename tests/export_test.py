@@ -212,7 +212,7 @@ def test_nothing_but_operations_on_maps_is_left():
 
 
 def run_onnx(function, images):
-    from ffl_jax.deployment.onnx_graph import convert
+    from ffl_jax.deployment.onnx_operations import convert
 
     runtime = pytest.importorskip("onnxruntime")
     session = runtime.InferenceSession(convert(function, images.shape[1:]).SerializeToString())

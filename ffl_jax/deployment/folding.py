@@ -9,6 +9,8 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from ffl_jax import convolutions
+
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}  # where a call keeps its content
 
 
@@ -16,12 +18,13 @@ def fold(function: Callable, variables: Any) -> Callable[[jax.Array], jax.Array]
     """`images -> function(variables, images)`, to be traced, with no operation on variables left in it.
 
     What the result does not need is gone, so is whatever depends on variables alone, such as copies taken out
-    of a stack, and calls are dissolved: what is traced are plain operations on maps.
+    of a stack, and calls are dissolved: what is traced are plain operations on maps, for every platform.
     """
 
     def folded(images):
         shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
-        closed = jax.make_jaxpr(function)(variables, shape)
+        with convolutions.by_xla():  # what stands in for them is for this platform alone
+            closed = jax.make_jaxpr(function)(variables, shape)
         jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
         arguments = [*jax.tree.leaves(variables), images]
         (logits,) = _evaluate(core.ClosedJaxpr(jaxpr, closed.consts), arguments)

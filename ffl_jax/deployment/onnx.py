@@ -10,7 +10,7 @@ def write(path: Path, function, variables, card: dict):
     import onnx
 
     from ffl_jax.deployment.folding import fold
-    from ffl_jax.deployment.onnx_graph import convert
+    from ffl_jax.deployment.onnx_operations import convert
 
     model = convert(fold(function, variables), (*card["image_size"], 3))
     onnx.helper.set_model_props(model, {"card": json.dumps(card)})

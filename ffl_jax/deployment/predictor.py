@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
 
-from ffl_jax import convolutions, methods
+from ffl_jax import methods
 from ffl_jax.data import augment
 from ffl_jax.errors import CheckpointError
 from ffl_jax.models import NETWORKS
@@ -30,8 +30,7 @@ def build(card: dict) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
     module = _network(architecture) if "network" in architecture else _method(architecture)
 
     def logits(variables, images):
-        # For every platform: what stands in for XLA's own convolutions is for training on a CPU.
-        with convolutions.by_xla(), jax.default_matmul_precision("float32"):
+        with jax.default_matmul_precision("float32"):
             images = augment.normalize(images, tuple(card["mean"]), tuple(card["std"]))
             outputs = module.apply(variables, images, train=False)
             if "network" in architecture:
