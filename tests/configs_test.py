@@ -305,6 +305,8 @@ def test_flatten():
 FREE = {
     "epochs": 500,
     "log_every_steps": 1,
+    "log_histograms": True,
+    "wandb": "project",
     "evaluation.batch_size": 7,
     "evaluation.every_epochs": 2,
     "checkpoint.every_steps": 9,

@@ -1,6 +1,7 @@
 """What several tests use: random variables, and the project's commands in processes of their own."""
 
 import functools
+import gc
 import os
 import pathlib
 import subprocess
@@ -29,6 +30,10 @@ _FLAGS = [f"--{name}={str(here).lower()}" for name, (here, _) in _OPTIONS.items(
 # The last of equal flags counts.
 os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))
 AS_USERS = {name: usual for name, (_, usual) in _OPTIONS.items()}  # `compiler_options` for some tests
+
+
+# Tracing makes millions of objects that live on: to look through them again and again takes its time.
+gc.set_threshold(200_000, 50, 100)
 
 
 class Tiny(Network):
@@ -162,7 +167,7 @@ def cache(tmp_path_factory) -> pathlib.Path:
 def compile_once(cache):
     """What compiles slowly does so once, whichever file or process asks for it."""
     jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 @pytest.fixture(scope="session")

@@ -367,7 +367,7 @@ def write_photographs(root):
     write_dataset(root / "made" / "1.0.0", splits, encoding="JPEG")
 
 
-def test_resnet18_is_trained_and_continues_in_mid_epoch(tmp_path, monkeypatch):
+def test_imagenet_is_trained_and_continues_in_mid_epoch(tmp_path, monkeypatch):
     """Three steps of the real loop, and the last of them again from what a kill in it would have left."""
     write_photographs(tmp_path)
     config = imagenet.get_config("method=independent,epochs=1")
@@ -377,6 +377,7 @@ def test_resnet18_is_trained_and_continues_in_mid_epoch(tmp_path, monkeypatch):
     config.checkpoint.update(every_steps=2, keep=2)
     config.evaluation.batch_size = 4
     assert config.subnetworks.network == "resnet18"
+    config.subnetworks.network = "tiny"  # compiles in no time
     counts = []
     scores = metrics.classification_scores
     monkeypatch.setattr(
@@ -403,7 +404,7 @@ def test_resnet18_is_trained_and_continues_in_mid_epoch(tmp_path, monkeypatch):
         for workdir in (whole, killed)
     ]
     leaves, expected = (jax.tree.leaves(state.replace(rng=0)) for state in states)
-    assert len(leaves) == len(expected) > 100
+    assert len(leaves) == len(expected) > 30
     for leaf, other in zip(leaves, expected, strict=True):
         np.testing.assert_array_equal(leaf, other)
 

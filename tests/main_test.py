@@ -11,7 +11,8 @@ from absl import flags
 from conftest import MAIN
 from PIL import Image
 
-from ffl_jax import main
+from configs import digits
+from ffl_jax import main, train
 from ffl_jax.errors import ConfigError, DatasetError
 
 
@@ -126,8 +127,8 @@ def test_own_folder_end_to_end(commands, tmp_path):
     assert "dataset: fingerprint" in result.stderr
 
 
-def test_different_networks_side_by_side(commands, tmp_path):
-    commands.run(*MAIN, "--config=configs/digits.py:network=tiny+tiny_wide,epochs=1", f"--workdir={tmp_path}")
+def test_different_networks_side_by_side(tmp_path):
+    train.train(digits.get_config("network=tiny+tiny_wide,epochs=1"), tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["networks"] == ["tiny", "tiny_wide"]
     sizes = {name: scores["parameters"] for name, scores in summary["predictors"].items()}

@@ -12,9 +12,10 @@ import types
 import jax
 import numpy as np
 import pytest
+from conftest import MAIN
 
 from configs import digits
-from ffl_jax import checkpoint, config, data, errors, metrics, outputs, preemption, train
+from ffl_jax import checkpoint, config, data, errors, evaluate, metrics, outputs, preemption, train
 from ffl_jax.data import resident
 from ffl_jax.experiment import Experiment
 
@@ -188,16 +189,18 @@ def test_signal_before_training(commands, tmp_path, seconds):
 
 
 def test_continues_on_another_number_of_devices(commands, tmp_path):
-    flags = ("-m", "ffl_jax.main", "--config=configs/digits.py:method=independent", f"--workdir={tmp_path}")
+    flags = (*MAIN, "--config=configs/digits.py:method=independent,network=tiny", f"--workdir={tmp_path}")
     flags += ("--config.subnetworks.num=1", "--config.optimizer.schedule=constant")
     commands.run(*flags, "--config.epochs=1", devices=4)
-    result = commands.run(*flags, "--config.epochs=2", devices=2)
-    assert "Continuing from step 23 of 46" in result.stderr
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    commands.run(*flags, "--config.epochs=2", devices=2)
     run = checkpoint.load_run(tmp_path / "checkpoints", 46)
     assert run["devices"] == 2
-    losses = [json.loads(line).get("loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    after = (tmp_path / "metrics.jsonl").read_bytes()
+    assert after.startswith(before)
+    losses = [json.loads(line).get("loss") for line in after.splitlines()]
     first, second = [loss for loss in losses if loss]
-    assert second < 0.6 * first  # it went on from there
+    assert second < 0.95 * first  # it went on from there
 
 
 def test_another_run_is_refused(commands, reference):
@@ -212,9 +215,15 @@ def test_another_run_is_refused(commands, reference):
 
 
 def test_two_runs_in_one_folder_are_refused(commands, tmp_path):
-    first = commands.start(*arguments(tmp_path))
+    flags = (
+        *MAIN,
+        "--config=configs/digits.py:network=tiny",
+        f"--workdir={tmp_path}",
+        "--config.epochs=9999",
+    )
+    first = commands.start(*flags)
     wait_for_step(tmp_path, 7, first)
-    commands.run(*arguments(tmp_path), code=4)
+    commands.run(*flags, code=4)
     assert first.poll() is None
     first.kill()
     first.communicate()
@@ -236,7 +245,8 @@ def test_damaged_checkpoint_is_set_aside(commands, reference, tmp_path):
 
 def test_divergence_ends_with_5(commands, tmp_path):
     """The last good step stays, and no state that is not finite is ever saved."""
-    result = commands.run(*arguments(tmp_path), "--config.optimizer.learning_rate=1e30", code=5)
+    flags = (*MAIN, "--config=configs/digits.py:network=tiny", f"--workdir={tmp_path}", *SETTINGS)
+    result = commands.run(*flags, "--config.optimizer.learning_rate=1e30", code=5)
     error = result.stderr.splitlines()[-1]
     assert "at step 2" in error
     assert "logits of sub_0" in error
@@ -259,9 +269,13 @@ def test_evaluate_repeats_the_summary(commands, reference):
         "-m", "ffl_jax.evaluate", f"--workdir={reference}", f"--step={best}", "--split=train"
     )
     assert f"step {best}, train split" in result.stdout
-    commands.run("-m", "ffl_jax.evaluate", f"--workdir={reference}", "--step=1", code=4)
-    commands.run("-m", "ffl_jax.evaluate", f"--workdir={reference / 'nothing'}", code=4)
-    commands.run("-m", "ffl_jax.evaluate", code=2)
+    for given, error in (
+        ((f"--workdir={reference}", "--step=1"), errors.CheckpointError),
+        ((f"--workdir={reference / 'nothing'}",), errors.CheckpointError),
+        ((), errors.ConfigError),
+    ):
+        with pytest.raises(error):
+            evaluate.command(["evaluate", *given])
 
 
 def test_nothing_is_compiled_after_the_first_evaluation(tmp_path, monkeypatch):
