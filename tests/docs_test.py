@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn import datasets
 
 from configs import digits
-from ffl_jax import benchmark, config, data, outputs, parallel, steps, sweep, train
+from ffl_jax import benchmark, config, data, deployment, outputs, parallel, steps, sweep, train
 from ffl_jax.data.base import SOURCES
 from ffl_jax.errors import CheckpointError
 from ffl_jax.methods import METHODS
@@ -127,6 +127,13 @@ def test_commands(page, user, tmp_path):
                 user(line)
             continue
         user(line)
+    if page.name == "deploy.md":
+        found = {}
+        for block in blocks(page, "python"):
+            exec(block, found)
+        images = np.zeros((5, *found["card"]["image_size"], 3), np.uint8)
+        model = deployment.load("sub_0.onnx")
+        np.testing.assert_array_equal(found["logits"], model.logits(images))
 
 
 def test_the_worked_example(monkeypatch, tmp_path, capsys):
