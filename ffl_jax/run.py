@@ -220,6 +220,8 @@ class Run:
         )
         test = self.scores.get("test", {})
         scores = test.get("predictions", {})
+        # To trace a step takes a second or two: once a run.
+        flops = cost.training_flops(experiment) if status == "completed" else None
         summary = {
             "status": status,
             "step": step,
@@ -237,8 +239,7 @@ class Run:
             else {},
             "training": {
                 "seconds": self.seconds(),
-                # To trace a step takes a second or two: once a run.
-                "flops": step * cost.training_flops(experiment) if status == "completed" else None,
+                "flops": flops and step * flops,
             },
             "fingerprint": experiment.dataset.fingerprint,
             "images_per_second": images_per_second,
