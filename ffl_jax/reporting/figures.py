@@ -25,6 +25,8 @@ from ffl_jax.reporting.drawing import (
 from ffl_jax.reporting.groups import BASELINE, Group, baseline, difference
 from ffl_jax.reporting.statistics import spread
 
+_FEW = 10  # images of a bin, whose share of right answers is chance
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -161,7 +163,7 @@ def _reliability(groups: Sequence[Group], theme: Theme) -> Figure | None:
     figure, pairs = small_multiples(shown, 2.3, sharex=True, sharey=True)
     for group, axes in pairs:
         count, confidence, accuracy = sums[id(group)]
-        full = count > 0
+        few, many = (count > 0) & (count < _FEW), count >= _FEW
         left = np.arange(len(count)) / len(count)
         axes.bar(
             left,
@@ -172,8 +174,9 @@ def _reliability(groups: Sequence[Group], theme: Theme) -> Figure | None:
             label="share of images",
         )
         axes.plot([0, 1], [0, 1], "--", color=theme.reference, linewidth=1, label="as sure as right")
+        axes.plot(confidence[few], accuracy[few], "o", color=theme.accent, alpha=0.3, markersize=2.5)
         axes.plot(
-            confidence[full], accuracy[full], "o-", color=theme.accent, markersize=3.5, linewidth=1.4,
+            confidence[many], accuracy[many], "o-", color=theme.accent, markersize=3.5, linewidth=1.4,
             label="share of right answers",
         )  # fmt: skip
         ece = group.spread(group.shipped, "ece")
@@ -364,7 +367,8 @@ _FIGURES = {
         _reliability,
         "Reliability",
         "Test split, all seeds together, 15 bins of confidence. Below the diagonal a network is too sure, "
-        "above it too modest; ECE is the mean distance from it, weighted by the bins' share of images.",
+        "above it too modest; ECE is the mean distance from it, weighted by the bins' share of images. "
+        "Bins of fewer than ten images are pale dots.",
         "the runs record no `reliability`",
     ),
     "diversity": (
