@@ -60,7 +60,7 @@ def test_bfloat16_is_what_all_networks_compute_in(name):
         for equation in equations(program.jaxpr)
         if equation.primitive.name in ("conv_general_dilated", "dot_general")
     ]
-    assert len(types) > 4
+    assert len(types) >= 4  # three stages and a head
     assert all(one == {"bfloat16"} for one in types), types
     outputs, state = jax.eval_shape(forward, variables, batch_of(setup)["image"])
     assert {leaf.dtype.name for leaf in jax.tree.leaves((outputs, state))} <= {"float32", "int32"}
