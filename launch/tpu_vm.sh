@@ -90,8 +90,8 @@ install() {
 run() {
     local train='.venv/bin/python -m ffl_jax.main --distributed'
     [ $# -eq 0 ] || train+=$(printf ' %q' "$@")
-    # The output goes to a file, so that a lost connection does not end the run.
-    on_all "cd ffl_jax || exit; $train >~/ffl_jax.log 2>&1 </dev/null & echo \$! >~/ffl_jax.pid\
+    # The output goes to a file, so that a lost connection does not end the run; tail must find it at once.
+    on_all "cd ffl_jax || exit; : >~/ffl_jax.log; $train >>~/ffl_jax.log 2>&1 </dev/null & echo \$! >~/ffl_jax.pid\
 ; tail --pid=\$! -n +1 -f ~/ffl_jax.log; wait \$!"
 }
 
