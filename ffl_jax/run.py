@@ -163,8 +163,9 @@ class Run:
         if not self._writes:
             return
         data = self.experiment.config.data
-        pixels = np.clip(np.rint(255 * (images * np.array(data.std) + np.array(data.mean))), 0, 255)
-        views = pixels.astype(np.uint8) if images.ndim == 5 else pixels.astype(np.uint8)[None]
+        pixels = np.rint(255 * (images * np.array(data.std) + np.array(data.mean)))
+        pixels = np.clip(pixels, 0, 255).astype(np.uint8)
+        views = pixels if images.ndim == 5 else pixels[None]
         for k, view in enumerate(views):
             name = f"train/batch/view_{k}" if len(views) > 1 else "train/batch"
             self._log.write_images(step, name, view)

@@ -70,6 +70,14 @@ def command(argv: list[str]):
     if not all(re.fullmatch(r"\d{1,9}", seed) for seed in values.seeds):
         raise ConfigError(f"--seeds={','.join(values.seeds)} must be whole numbers, such as 0,1,2.")
     seeds = sorted({int(seed) for seed in values.seeds})
+    for given, flag in (("seed", "seeds"), ("num_seeds", "together")):
+        if any(argument.partition("=")[0] == f"--config.{given}" for argument in others):
+            raise ConfigError(f"--config.{given}: a sweep sets it by --{flag}.")
+    for preset in values.config.partition(":")[2].split(","):
+        if preset.partition("=")[0] in ("method", "network"):
+            raise ConfigError(
+                f"--config: {preset} after the colon: a sweep sets it by --{preset.split('=')[0]}s."
+            )
     if values.together and seeds != list(range(seeds[0], seeds[0] + len(seeds))):
         raise ConfigError(f"--together takes seeds that follow one another, got {','.join(map(str, seeds))}.")
 
