@@ -49,6 +49,7 @@ def refusal(name, kind) -> str:
 
 
 ALL = [(name, kind) for name in methods.METHODS for kind in KINDS]
+FIRST_KINDS = {name: kind for name, kind in reversed(ALL) if not refusal(name, kind)}  # of each method
 # What runs on different networks need not run on equal ones as well, but for several of them by vmap.
 RUN = [
     (name, kind)

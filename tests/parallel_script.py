@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import draw_state
-from method_test import RUN, configuration
+from method_test import FIRST_KINDS, configuration
 
 from configs import digits
 from ffl_jax import methods, optimizers, parallel, steps
@@ -76,7 +76,7 @@ def numbers(run, tree):
 
 def configured(name, num=None):
     """The first kind of sub-networks that a method runs on; their number is even, or as given."""
-    config = configuration(name, dict(reversed(RUN))[name])
+    config = configuration(name, FIRST_KINDS[name])
     config.subnetworks.execution = "loop"  # as on a CPU: quicker to compile
     most = methods.METHODS[name].num[1]
     if most != 1:

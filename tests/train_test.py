@@ -189,18 +189,18 @@ def test_signal_before_training(commands, tmp_path, seconds):
 
 
 def test_continues_on_another_number_of_devices(commands, tmp_path):
-    flags = (*MAIN, "--config=configs/digits.py:method=independent,network=tiny", f"--workdir={tmp_path}")
-    flags += ("--config.subnetworks.num=1", "--config.optimizer.schedule=constant")
+    flags = ("-m", "ffl_jax.main", f"--workdir={tmp_path}", "--config.optimizer.schedule=constant")
     commands.run(*flags, "--config.epochs=1", devices=4)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    commands.run(*flags, "--config.epochs=2", devices=2)
+    result = commands.run(*flags, "--config.epochs=2", devices=2)
+    assert "Continuing from step 23 of 46" in result.stderr
     run = checkpoint.load_run(tmp_path / "checkpoints", 46)
     assert run["devices"] == 2
     after = (tmp_path / "metrics.jsonl").read_bytes()
     assert after.startswith(before)
     losses = [json.loads(line).get("loss") for line in after.splitlines()]
     first, second = [loss for loss in losses if loss]
-    assert second < 0.95 * first  # it went on from there
+    assert second < 0.6 * first  # it went on from there
 
 
 def test_another_run_is_refused(commands, reference):
