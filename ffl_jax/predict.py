@@ -6,8 +6,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from absl import flags
+try:
+    import numpy as np
+    import PIL  # noqa: F401
+    from absl import flags
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} is not installed: `pip install numpy pillow absl-py`.", file=sys.stderr)
+    sys.exit(2)
 
 from ffl_jax import cli, deployment
 from ffl_jax.data import base, folder
@@ -41,12 +46,6 @@ def command(argv: list[str]):
         raise ConfigError(
             "no image is given: name files or folders after the flags, or - for standard input."
         )
-    try:
-        import PIL  # noqa: F401
-    except ModuleNotFoundError:
-        raise ConfigError(
-            "images are decoded by pillow, which is not installed: `pip install pillow`."
-        ) from None
 
     model = deployment.load(values.model)
     refused: list[str] = []

@@ -278,9 +278,20 @@ def test_onnx_of_operations(name):
     )
 
 
-def test_onnx_says_what_it_does_not_know():
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (jnp.sort, "sort has"),
+        (lambda x: jnp.take(x, jnp.array([0, 2]), axis=3), "gather is used in a way that has"),
+        (
+            lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 1, 1, 3), (1,) * 4, "VALID"),
+            "sum is used",
+        ),
+        (lambda x: jax.lax.conv(x, np.ones((3, 4, 1, 1), np.float32), (1, 1), "SAME"), "dilated is used"),
+    ],
+)
+def test_onnx_says_what_it_does_not_know(function, text):
     pytest.importorskip("onnx")
-    with pytest.raises(ConfigError, match="operation sort has no translation here; export with --format"):
-        run_onnx(
-            fold(lambda _, x: jnp.sort(x.reshape(x.shape[0], -1)), None), np.zeros((1, 2, 2, 3), np.uint8)
-        )
+    flat = fold(lambda _, x: function(x.astype(jnp.float32)).reshape(x.shape[0], -1), None)
+    with pytest.raises(ConfigError, match=f"{text} .*no translation here; export with --format=stablehlo"):
+        run_onnx(flat, np.zeros((1, 4, 4, 3), np.uint8))

@@ -29,13 +29,14 @@ MISSING = {
 WITHOUT = """
 import importlib.abc, runpy, sys
 
+missing = sys.argv.pop(1).split(",")
+
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in sys.argv[1].split(","):
+        if name.split(".")[0] in missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
-del sys.argv[1]
 runpy.run_module("ffl_jax.predict", run_name="__main__", alter_sys=True)
 """
 
@@ -164,6 +165,12 @@ def test_damaged_models(models, tmp_path, name):
     damaged.write_bytes(b"\x89PNG")
     with pytest.raises(CheckpointError, match="is no exported predictor"):
         deployment.load(damaged)
+
+
+@pytest.mark.parametrize("name", ["numpy", "absl", "PIL"])
+def test_what_every_model_needs_is_named(commands, name):
+    result = commands.run("-c", WITHOUT, name, "--help", code=2)
+    assert result.stderr == f"error: {name} is not installed: `pip install numpy pillow absl-py`.\n"
 
 
 def test_a_missing_package_is_named(models, monkeypatch):

@@ -139,9 +139,11 @@ class _Operations(Graph):
     def _on_conv_general_dilated(self, equation):
         params, (image, kernel) = equation.params, equation.invars
         numbers = params["dimension_numbers"]
-        assert (numbers.lhs_spec, numbers.rhs_spec) == (TO_FIRST, (3, 2, 0, 1)), numbers
-        assert (numbers.out_spec, set(params["lhs_dilation"])) == (TO_FIRST, {1}), params
-        kernel = np.float64(self.value(kernel)).transpose(3, 2, 0, 1)
+        _require(tuple(numbers) == (TO_FIRST, (3, 2, 0, 1), TO_FIRST), equation)
+        _require(set(params["lhs_dilation"]) == {1} and params["batch_group_count"] == 1, equation)
+        kernel = self.value(kernel)
+        _require(isinstance(kernel, np.ndarray), equation)
+        kernel = np.float64(kernel).transpose(3, 2, 0, 1)
         attributes = {
             "strides": params["window_strides"],
             "pads": _pads(params["padding"]),
@@ -156,6 +158,8 @@ class _Operations(Graph):
         window, strides, padding = (
             params[key][1:3] for key in ("window_dimensions", "window_strides", "padding")
         )
+        of_maps = len(atom.aval.shape) == 4 and params["window_dimensions"][::3] == (1, 1)
+        _require(of_maps and {*params["base_dilation"], *params["window_dilation"]} == {1}, equation)
         attributes |= {"kernel_shape": window, "strides": strides, "pads": _pads(padding)}
         return self.add(op, [self.take(atom, first=True)], **attributes)
 
@@ -209,25 +213,25 @@ class _Operations(Graph):
         )
 
     def _on_reshape(self, equation):
-        return self._reshaped(equation.invars[0], equation.outvars[0].aval.shape)
+        return self._reshaped(equation, equation.invars[0], equation.outvars[0].aval.shape)
 
     _on_squeeze = _on_expand_dims = _on_reshape
 
-    def _reshaped(self, atom, shape):
+    def _reshaped(self, equation, atom, shape):
         sizes = [size if isinstance(size, int) else -1 for size in shape]
-        assert sizes.count(-1) <= 1, f"{shape} has more than one size that depends on the batch"
+        _require(sizes.count(-1) <= 1, equation)  # ONNX finds out one size, that with the batch
         return Value(self.add("Reshape", [self.take(atom), self.constant(np.int64(sizes))]))
 
     def _on_broadcast_in_dim(self, equation):
         (atom,), shape = equation.invars, equation.params["shape"]
         places = dict(zip(equation.params["broadcast_dimensions"], atom.aval.shape, strict=True))
-        aligned = self._reshaped(atom, [places.get(axis, 1) for axis in range(len(shape))])
+        aligned = self._reshaped(equation, atom, [places.get(axis, 1) for axis in range(len(shape))])
         spread = {axis: n for axis, n in enumerate(shape) if places.get(axis, 1) != n}
         if not spread:
             return aligned
         if not all(isinstance(n, int) for n in spread.values()):
             # Over the batch, whose size is not known: only what stands beside whole batches, which spread it.
-            assert atom.aval.size == 1, equation
+            _require(atom.aval.size == 1, equation)
             return aligned
         sizes = self.constant(np.int64([spread.get(axis, 1) for axis in range(len(shape))]))
         return Value(self.add("Expand", [aligned.name, sizes]))
@@ -247,17 +251,18 @@ class _Operations(Graph):
 
     def _on_gather(self, equation):
         (atom, indices), numbers = equation.invars, equation.params["dimension_numbers"]
+        _require(numbers.collapsed_slice_dims == numbers.start_index_map, equation)
+        _require(len(numbers.start_index_map) == 1, equation)
         (axis,) = numbers.start_index_map
-        assert numbers.collapsed_slice_dims == (axis,), numbers
         if numbers.operand_batching_dims:  # `take_along_axis`
-            assert len(numbers.operand_batching_dims) == len(atom.aval.shape) - 1, numbers
-            places = self._reshaped(indices, indices.aval.shape[:-1])
+            _require(len(numbers.operand_batching_dims) == len(atom.aval.shape) - 1, equation)
+            places = self._reshaped(equation, indices, indices.aval.shape[:-1])
             return Value(self.add("GatherElements", [self.take(atom), places.name], axis=axis))
-        sizes = equation.params["slice_sizes"]
-        assert all(
-            n == size for k, (n, size) in enumerate(zip(sizes, atom.aval.shape, strict=True)) if k != axis
-        )
+        whole = list(atom.aval.shape)
+        whole[axis] = 1
         place = self.value(indices)  # `x[:, 0]`
+        _require(list(equation.params["slice_sizes"]) == whole and isinstance(place, np.ndarray), equation)
+        _require(place.size == 1, equation)
         return Value(
             self.add("Gather", [self.take(atom), self.constant(np.int64(place).reshape(()))], axis=axis)
         )
@@ -279,6 +284,14 @@ class _Operations(Graph):
         result = [*shared, *(letter for one in names for letter in one if letter not in gone)]
         return Value(
             self.add("Einsum", inputs, equation=f"{','.join(map(''.join, names))}->{''.join(result)}")
+        )
+
+
+def _require(condition, equation):
+    if not condition:
+        raise ConfigError(
+            f"--format=onnx: JAX's operation {equation.primitive.name} is used in a way that has no "
+            "translation here; export with --format=stablehlo."
         )
 
 
