@@ -27,6 +27,7 @@ class Sweep:
 
     def __init__(self, step: Callable, method, split, config, parallel: parallel_lib.Parallel):
         """Args: step: `steps.eval_step` or another of its form. split: a `data.Split`. config: all of it."""
+        zero = _zeros(step, method, split.image_shape)
         step = functools.partial(step, method=method, precision=config.precision)
         self.input = inputs = data.eval_input(split, config, parallel)
 
@@ -41,7 +42,6 @@ class Sweep:
             return each((sums, variables), arrays)
 
         # The program adds to sums that it is given, so that nothing waits for the host until the end.
-        zero = _zeros(step, method, split.image_shape)
         if config.num_seeds > 1:
             zero = jax.tree.map(lambda x: np.stack([x] * config.num_seeds), zero)
         own = parallel_lib.OWN
@@ -96,6 +96,7 @@ def _scores(sums):
     }
 
 
+@functools.lru_cache(maxsize=4)  # to trace it takes a while, and a run evaluates two splits
 def _zeros(step, method, image_shape):
     def sums():
         params, model_state = steps.init_variables(method, jax.random.key(0), image_shape)
@@ -104,7 +105,7 @@ def _zeros(step, method, image_shape):
             "label": jnp.zeros((1,), jnp.int32),
             "weight": jnp.zeros((1,)),
         }
-        return step({"params": params, **model_state}, batch)
+        return step({"params": params, **model_state}, batch, method=method)
 
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums))
 

@@ -13,17 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ffl_jax import checkpoint, data, steps
+from ffl_jax import checkpoint, data, outputs, steps
 from ffl_jax.experiment import Experiment, run_record
 from ffl_jax.models import NETWORKS, Network
 from ffl_jax.models.base import batch_norm, conv
 
 ROOT = pathlib.Path(__file__).parent.parent
-# `python -m ffl_jax.main` for `Commands`, where the networks below are known.
-MAIN = ("-c", "import conftest; from ffl_jax import cli, main; cli.run(main.command)")
-# Compiling takes longer than running here, so little is optimised, and loops are fused in jax 0.10's old way,
-# which takes half the time. {option: (here, as users have it)}
-_OPTIONS = {"xla_backend_optimization_level": (0, 3)}
+
+
+def command(module: str) -> tuple[str, str]:
+    """`-m ffl_jax.MODULE` for `Commands`, where the networks below are known; its log is its own."""
+    own = "import conftest, logging; logging.root.handlers.clear()"
+    return "-c", f"{own}; from ffl_jax import cli, {module}; cli.run({module}.command)"
+
+
+MAIN = command("main")
+# Compiling takes longer than running here, so little is optimised, programs are not cut into pieces for many
+# cores, and loops are fused in jax 0.10's old way, which takes half the time. {option: (here, as users have
+# it)}
+_OPTIONS = {"xla_backend_optimization_level": (0, 3), "xla_cpu_parallel_codegen_split_count": (1, 32)}
 if jax.__version_info__ < (0, 11):
     _OPTIONS["xla_cpu_use_fusion_emitters"] = (False, True)
 _FLAGS = [f"--{name}={str(here).lower()}" for name, (here, _) in _OPTIONS.items()]
@@ -156,6 +164,14 @@ def no_programs_pile_up():
     """A file's compiled programs go with it: all of them together take gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_curves():
+    """Pictures of trainings in this process take long; those of processes of their own are drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs, "draw_curves", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")

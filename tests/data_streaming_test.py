@@ -13,6 +13,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from conftest import MAIN
 from data_tfds_test import write_dataset
 from PIL import Image
 
@@ -432,7 +433,7 @@ def test_workers_of_a_command_end_with_it(tree, commands, tmp_path):
     """Stopped by a signal to every process, killed, and refused because of a damaged image."""
     root = tmp_path / "images"
     shutil.copytree(tree, root)
-    arguments = ("-m", "ffl_jax.main", "--config=configs/imagenet.py:method=independent,network=resnet8")
+    arguments = (*MAIN, "--config=configs/imagenet.py:method=independent,network=tiny")
     arguments += (
         f"--workdir={tmp_path / 'run'}",
         f"--config.data.data_dir={root}",

@@ -72,7 +72,7 @@ def set_up(root, training):
 
 def environment(**changes):
     """Without what the scripts take from the environment."""
-    names = r"JAX_|XLA_|CUDA_|SLURM_|TPU_|DRY_RUN|DEVICES_PER|GRACE_|METHODS|SEEDS|CONFIG|RUNS"
+    names = r"JAX_|XLA_|CUDA_|SLURM_|TPU_|DRY_RUN|DEVICES_PER|GRACE_|METHODS|NETWORKS|SEEDS|CONFIG|RUNS"
     kept = {key: value for key, value in os.environ.items() if not re.match(names, key)}
     return kept | {key: str(value) for key, value in changes.items()}
 

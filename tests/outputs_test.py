@@ -11,6 +11,7 @@ from tensorboardX.proto import event_pb2
 
 from ffl_jax import outputs
 from ffl_jax.errors import ConfigError
+from ffl_jax.outputs import draw_curves  # before the fixture of all tests stands in for it
 
 
 def write(log, step):
@@ -68,7 +69,7 @@ def test_curves(tmp_path):
     for step in range(1, 4):
         write(log, step)
     log.close()
-    outputs.draw_curves(tmp_path, "title", "sub_0")
+    draw_curves(tmp_path, "title", "sub_0")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.format == "PNG"
         colors = len(image.convert("RGB").getcolors(10**6))
@@ -77,7 +78,7 @@ def test_curves(tmp_path):
 
 def test_curves_of_a_run_that_has_only_begun(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    outputs.draw_curves(tmp_path, "title", "sub_0")
+    draw_curves(tmp_path, "title", "sub_0")
     assert (tmp_path / "curves.png").exists()
 
 
@@ -87,7 +88,7 @@ def test_how_subnetworks_differ_is_a_panel_of_its_own(tmp_path):
         log = outputs.MetricsLog(tmp_path, 0, 0)
         log.write(1, 1.0, "test", {"sub_0/top1": 0.5} | more)
         log.close()
-        outputs.draw_curves(tmp_path, "title", "sub_0")
+        draw_curves(tmp_path, "title", "sub_0")
         with Image.open(tmp_path / "curves.png") as image:
             sizes.append(image.width)
     assert sizes[1] > sizes[0]

@@ -234,6 +234,24 @@ def test_damaged_extras_count_as_missing(tmp_path):
     assert row["training_seconds_mean"] == "nan"
 
 
+def test_training_counts_the_teachers(tmp_path):
+    """Those that a run trained first, and theirs: 2, 0.5 and 0.25 P; what one does not tell is unknown."""
+    student = write_run(tmp_path / "kd", "kd", new=True)
+    for folder, training in (
+        ("teachers/0", {"flops": 5e14, "seconds": 100.0}),
+        ("teachers/0/teachers/0", {"flops": 2.5e14}),
+    ):
+        damage(write_run(student / folder, "kd", 1000), training=training)
+
+    def training():
+        (run,), *_ = runs.read([tmp_path])
+        return run.summary["training"]
+
+    assert training() == {"flops": 2.75e15}
+    (student / "teachers/0/summary.json").write_text("{")
+    assert training() == {}
+
+
 def test_refusals(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", method__temperature=4.0)

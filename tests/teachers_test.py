@@ -102,7 +102,6 @@ def final_state(workdir, config):
 def test_one_command_trains_all_and_continues(tmp_path, monkeypatch, caplog):
     """Stopped in the second of two teachers, continued; then the student needs their folders no more."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(outputs, "draw_curves", lambda *_: None)
     config = configuration(teachers="tiny+tiny_wide", log_every_steps=9)
     first, second = tmp_path / "teachers/0", tmp_path / "teachers/1"
     written = write_run(teachers.teacher_config(config, 0), first)  # as if trained before

@@ -11,7 +11,7 @@ from ffl_jax.errors import ConfigError
 _FILES = ("config.json", "summary.json", "metrics.jsonl")
 _NO_RUNS = ("checkpoints", "tensorboard", "teachers")  # folders inside a run that are no runs to compare
 # What not every version of a summary has; of another kind than this, it counts as missing.
-_EXTRAS = {"best": dict, "reliability": dict, "diversity": dict, "training": dict}
+_EXTRAS = {"best": dict, "reliability": dict, "diversity": dict}
 _EXTRAS |= {"versions": dict, "fingerprint": str, "device": str}
 _DEPTH = 3  # levels of folders that are searched for runs
 
@@ -22,7 +22,8 @@ class Run:
 
     Attributes:
       folder: where it is.
-      config, summary: of `config.json` and `summary.json`.
+      config, summary: of `config.json` and `summary.json`; `training` of the summary counts the teachers too
+        that the run trained first.
       metrics: the lines of `metrics.jsonl`, in order; empty where the file is missing.
     """
 
@@ -156,6 +157,7 @@ def _read_run(folder: Path, damaged: dict[Path, str]) -> Run | Unusable:
     if config is None:
         return Unusable(folder, "no config.json, so that nobody knows how it was trained", identity)
     extras = {key: value for key, value in summary.items() if isinstance(value, _EXTRAS.get(key, object))}
+    extras["training"] = _training(folder, summary)
     return Run(folder, config, extras, _read_metrics(folder, damaged))
 
 
@@ -175,6 +177,24 @@ def _wrong(summary: dict) -> str | None:
     if summary["deploy"] not in predictors:
         return f"has no predictor {summary['deploy']!r}, which it says to ship"
     return None
+
+
+def _training(folder: Path, summary) -> dict[str, float]:
+    """{"flops", "seconds"} of a training and of its teachers'; without what one of them does not tell."""
+    own = summary.get("training") if isinstance(summary, dict) else None
+    total = {
+        key: value
+        for key, value in (own.items() if isinstance(own, dict) else ())
+        if isinstance(value, int | float)
+    }
+    for path in (folder / "teachers").glob("*/summary.json"):
+        try:
+            teacher = json.loads(path.read_text())
+        except (OSError, ValueError):
+            teacher = None
+        spent = _training(path.parent, teacher)
+        total = {key: value + spent[key] for key, value in total.items() if key in spent}
+    return total
 
 
 def _read_metrics(folder: Path, damaged: dict[Path, str]) -> list[dict]:

@@ -102,9 +102,10 @@ def cost(groups: Sequence[Group]) -> Table:
     columns += ["training time", "images/s", "disagreement %", "KL", "CKA"]
     caption = (
         "Of the prediction to ship, after the last epoch: negative log-likelihood in nats, calibration error "
-        "0..1, size, and FLOPs of one image (a multiply-add counts two). Of its training: all FLOPs, time, "
-        "and images/s without evaluation and compilation. Of the sub-networks, on average over their pairs: "
-        "images with different answers, KL of their probabilities in nats, linear CKA of their features."
+        "0..1, size, and FLOPs of one image (a multiply-add counts two). Of its training: all FLOPs and "
+        "time, with those of teachers that were trained for it, and images/s without evaluation and "
+        "compilation. Of the sub-networks, on average over their pairs: images with different answers, KL of "
+        "their probabilities in nats, linear CKA of their features."
     )
     return without_empty("Calibration and cost", caption, columns, rows)
 
