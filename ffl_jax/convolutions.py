@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -52,8 +53,7 @@ def conv_general_dilated(
     strides, groups = tuple(window_strides), feature_group_count
     dilated = any(settings.get(key) not in (None, (1, 1)) for key in ("lhs_dilation", "rhs_dilation"))
     usual = x.ndim == 4 and not isinstance(padding, str) and not dilated
-    by_xla = _by_xla.get() or jax.default_backend() != "cpu"
-    if by_xla or not usual or x.dtype not in (jnp.float32, jnp.float64):
+    if not usual or _left_to_xla(x):
         return lax.conv_general_dilated(
             x, kernel, strides, padding, feature_group_count=feature_group_count, **settings
         )
@@ -64,7 +64,51 @@ def conv_general_dilated(
     return jnp.concatenate([_convolution(strides, padding, *part) for part in parts], axis=-1)
 
 
+def conv_transpose(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """`lax.conv_transpose` of x [B, U, V, D] and a kernel [h, w, D, E].
+
+    Args:
+      x, kernel: see above.
+      strides: by which rows and columns are spread.
+      padding: (before, after) of the spread rows and columns, less than the kernel's size.
+    """
+    strides, padding = tuple(strides), tuple(tuple(pair) for pair in padding)
+    if _left_to_xla(x):
+        return lax.conv_transpose(x, kernel, strides, padding)
+    return _transposed(strides, padding, x, kernel)
+
+
+def _left_to_xla(x):
+    return _by_xla.get() or jax.default_backend() != "cpu" or x.dtype not in (jnp.float32, jnp.float64)
+
+
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
+
+
+class ConvTranspose(nn.Module):
+    """`nn.ConvTranspose` without a bias, by `conv_transpose`.
+
+    Attributes:
+      features: channels of the output.
+      kernel_size, strides: (rows, columns).
+      padding: see `conv_transpose`.
+      kernel_init: draws the kernel.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: Sequence[int]
+    padding: Sequence[tuple[int, int]]
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, U, V, D] -> [B, H, W, E]."""
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        return conv_transpose(*promote_dtype(x, kernel), self.strides, self.padding)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -85,6 +129,43 @@ def _backward(strides, padding, saved, gradient):
 
 
 _convolution.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _transposed(strides, padding, x, kernel):
+    """The gradient of the input of a strided convolution, whose own gradients are that convolution's parts.
+
+    XLA's CPU backend computes some of the latter by plain loops within a `while_loop`, five times as slowly.
+    """
+    mirrored, padding = _mirrored(kernel), _mirrored_padding(kernel, padding)
+    sides = [
+        s * (size - 1) + k - sum(pair)
+        for s, size, k, pair in zip(strides, x.shape[1:3], kernel.shape, padding, strict=False)
+    ]
+    return _input_gradient(x, mirrored, strides, padding, (len(x), *sides, kernel.shape[3]))
+
+
+def _transposed_forward(strides, padding, x, kernel):
+    return _transposed(strides, padding, x, kernel), (x, kernel)
+
+
+def _transposed_backward(strides, padding, saved, gradient):
+    x, kernel = saved
+    mirrored, padding = _mirrored(kernel), _mirrored_padding(kernel, padding)
+    kernel_gradient = _kernel_gradient(gradient, x, strides, padding, mirrored.shape)
+    return _convolution(strides, padding, gradient, mirrored), _mirrored(kernel_gradient)
+
+
+_transposed.defvjp(_transposed_forward, _transposed_backward)
+
+
+def _mirrored(kernel):
+    """The kernel of the convolution that goes the other way; its own inverse."""
+    return kernel[::-1, ::-1].swapaxes(2, 3)
+
+
+def _mirrored_padding(kernel, padding):
+    return tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape, padding, strict=False))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -137,8 +218,9 @@ def _input_gradient(gradient, kernel, strides, padding, shape):
         taps = kernel[starts[0] :: strides[0], starts[1] :: strides[1]]
         if not taps.size:
             return jnp.zeros((shape[0], *sizes, shape[3]), gradient.dtype)
-        taps = taps[::-1, ::-1].swapaxes(2, 3)
-        return lax.conv_general_dilated(gradient, taps, (1, 1), around, dimension_numbers=_DIMENSIONS)
+        return lax.conv_general_dilated(
+            gradient, _mirrored(taps), (1, 1), around, dimension_numbers=_DIMENSIONS
+        )
 
     rows = [jnp.stack([phase(a, b) for b in range(strides[1])], axis=3) for a in range(strides[0])]
     height, width = (size * s for size, s in zip(sizes, strides, strict=True))

@@ -71,6 +71,49 @@ def test_equals_loops_over_the_taps(name, chunk_bytes, monkeypatch):
         np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("strides", "padding"),
+    [((2, 2), ((1, 2), (1, 1))), ((1, 2), ((1, 1), (0, 2))), ((3, 1), ((2, 0), (1, 0)))],
+)
+def test_transposed_equals_the_gradient_of_its_definition(strides, padding):
+    """Every pixel adds a multiple of the turned kernel, and the borders fall off: a sum over the taps."""
+    rng = np.random.default_rng(0)
+    x, k = rng.normal(size=(2, 4, 5, 3)), rng.normal(size=(3, 3, 3, 2))
+    # The spread map, padded by 2 on all sides; what falls off of its result is 2 less the padding.
+    spread = np.zeros((2, 3 * strides[0] + 5, 4 * strides[1] + 5, 3))
+    inside = (slice(None), slice(2, -2, strides[0]), slice(2, -2, strides[1]))
+    spread[inside] = x
+    height, width = (n - 2 for n in spread.shape[1:3])
+    kept = (
+        slice(None),
+        *(slice(2 - a, n - 2 + b) for (a, b), n in zip(padding, (height, width), strict=True)),
+    )
+    y = np.zeros((2, height, width, 2))
+    for i, j in np.ndindex(3, 3):
+        y += spread[:, i : i + height, j : j + width] @ k[i, j]
+    gradient = rng.normal(size=y[kept].shape)
+    full, dx, dk = np.zeros_like(y), np.zeros_like(spread), np.zeros_like(k)
+    full[kept] = gradient
+    for i, j in np.ndindex(3, 3):
+        window = (slice(None), slice(i, i + height), slice(j, j + width))
+        dx[window] += full @ k[i, j].T
+        dk[i, j] = np.einsum("bhwd,bhwe->de", spread[window], full)
+    with jax.enable_x64(True):
+
+        def results():
+            return run(
+                lambda *a: convolutions.conv_transpose(*a, strides, padding),
+                *map(jnp.asarray, (x, k, gradient)),
+            )
+
+        ours = results()
+        with convolutions.by_xla():
+            theirs = results()
+    for result, other, wanted in zip(ours, theirs, (y[kept], dx[inside], dk), strict=True):
+        np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(other, wanted, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["strided", "depthwise"])
 def test_vectorized_equals_one_after_another(name):
     arguments, _, call = case(**CASES[name])

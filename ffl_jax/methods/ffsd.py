@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
 
+from ffl_jax.convolutions import ConvTranspose
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence, l2_norm, sigmoid_rampup, unit
 from ffl_jax.methods.base import METHODS, Method
@@ -253,12 +254,11 @@ class Decoder(nn.Module):
                     f"gives {sides[0]}x{sides[1]} and the next {small[0]}x{small[1]}: take images whose "
                     "sides are multiples of 32, or another config.subnetworks.network."
                 )
-            x = nn.ConvTranspose(
+            x = ConvTranspose(
                 features,
                 (3, 3),
                 strides.tolist(),
                 [(1, end) for end in ends.tolist()],
-                use_bias=False,
                 # PyTorch's default, which takes a transposed kernel's outputs for its inputs.
                 kernel_init=uniform(9 * features),
                 name=f"stage{stage + 1}_conv",
