@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from ffl_jax import checkpoint, data, outputs, steps
 from ffl_jax.experiment import Experiment, run_record
@@ -82,6 +83,14 @@ def draw_state(method, optimizers, image_shape):
     drawn = {"params": _draw(state.params), "model_state": _draw(state.model_state), "rng": key}
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.replace(rng=jnp.zeros(())))
     return zeros.replace(**drawn)
+
+
+def equations(jaxpr):
+    """All of a program, at any depth."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def write_run(workdir, config, step=69):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from conftest import draw_state
+from conftest import draw_state, equations
 
 from configs import common
 from ffl_jax import methods, metrics, optimizers, steps
@@ -85,11 +85,16 @@ class Setup:
             "label": jnp.asarray(rng.integers(CLASSES, size=BATCH), jnp.int32),
         }
 
-    def train(self, state):
+    @property
+    def views(self):
+        """The batch with a view for each sub-network if the method asks so."""
         image = self.batch["image"]
         if self.method.views:
             image = jnp.stack([image + 0.1 * k for k in range(self.method.subnetworks.num)])
-        return self.train_step(state, self.batch | {"image": image})
+        return self.batch | {"image": image}
+
+    def train(self, state):
+        return self.train_step(state, self.views)
 
     def _train_step(self, state, batch):
         self.traces += 1
@@ -131,6 +136,18 @@ def evaluated(setup, trained):
 def test_many_steps_compile_once(setup, trained):
     assert setup.traces == 1
     assert int(trained.step) == 3
+
+
+def test_no_gradient_of_a_convolution_is_left_to_xla(setup, trained):
+    """Those of another layout its CPU backend computes by plain loops within a `while_loop`."""
+    program = setup.train_step.trace(trained, setup.views).jaxpr
+    layouts = {
+        equation.params["dimension_numbers"]
+        for equation in equations(program.jaxpr)
+        if equation.primitive.name == "conv_general_dilated"
+    }
+    assert layouts == {((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))}
+    assert setup.traces == 1
 
 
 def test_the_state_keeps_its_form(setup, trained):

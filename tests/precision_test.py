@@ -6,21 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from conftest import equations
 from method_test import FIRST_KINDS, Setup
 
 from ffl_jax import config as config_lib
 from ffl_jax import methods, steps
 from ffl_jax.errors import ConfigError
 from ffl_jax.parallel import Parallel
-
-
-def equations(jaxpr):
-    """All of a program, at any depth."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 def training_step(setup, **settings):
