@@ -73,6 +73,9 @@ def conv_transpose(
       x, kernel: see above.
       strides: by which rows and columns are spread.
       padding: (before, after) of the spread rows and columns, less than the kernel's size.
+
+    Returns:
+      [B, H, W, E], where H = (U - 1) * stride + 2 + before + after - h, and W likewise.
     """
     strides, padding = tuple(strides), tuple(tuple(pair) for pair in padding)
     if _left_to_xla(x):
@@ -135,7 +138,7 @@ _convolution.defvjp(_forward, _backward)
 def _transposed(strides, padding, x, kernel):
     """The gradient of the input of a strided convolution, whose own gradients are that convolution's parts.
 
-    XLA's CPU backend computes some of the latter by plain loops within a `while_loop`, five times as slowly.
+    XLA's CPU backend computes some of the latter by plain loops within a `while_loop` (docs/performance.md).
     """
     mirrored, padding = _mirrored(kernel), _mirrored_padding(kernel, padding)
     sides = [

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
+try:  # here, since `cli`, which puts errors into one line, needs them itself
     import numpy as np
     import PIL  # noqa: F401
     from absl import flags

@@ -85,16 +85,15 @@ class Setup:
             "label": jnp.asarray(rng.integers(CLASSES, size=BATCH), jnp.int32),
         }
 
-    @property
-    def views(self):
-        """The batch with a view for each sub-network if the method asks so."""
-        image = self.batch["image"]
+    def views(self, images=None):
+        """The batch, or one of other images, with a view for each sub-network if the method asks so."""
+        images = self.batch["image"] if images is None else images
         if self.method.views:
-            image = jnp.stack([image + 0.1 * k for k in range(self.method.subnetworks.num)])
-        return self.batch | {"image": image}
+            images = jnp.stack([images + 0.1 * k for k in range(self.method.subnetworks.num)])
+        return self.batch | {"image": images}
 
     def train(self, state):
-        return self.train_step(state, self.views)
+        return self.train_step(state, self.views())
 
     def _train_step(self, state, batch):
         self.traces += 1
@@ -140,7 +139,7 @@ def test_many_steps_compile_once(setup, trained):
 
 def test_no_gradient_of_a_convolution_is_left_to_xla(setup, trained):
     """Those of another layout its CPU backend computes by plain loops within a `while_loop`."""
-    program = setup.train_step.trace(trained, setup.views).jaxpr
+    program = setup.train_step.trace(trained, setup.views()).jaxpr
     layouts = {
         equation.params["dimension_numbers"]
         for equation in equations(program.jaxpr)

@@ -25,14 +25,6 @@ def training_step(setup, **settings):
     )
 
 
-def batch_of(setup, images=None):
-    """The set-up's batch, or one of other images, with a view for each sub-network if the method asks so."""
-    images = setup.batch["image"] if images is None else images
-    if setup.method.views:
-        images = jnp.stack([images + 0.1 * k for k in range(setup.method.subnetworks.num)])
-    return setup.batch | {"image": images}
-
-
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_bfloat16_is_what_all_networks_compute_in(name):
     """Every convolution and product of the forward pass, those of teachers and averaged copies too."""
@@ -44,7 +36,7 @@ def test_bfloat16_is_what_all_networks_compute_in(name):
             setup.method, variables, images, "bfloat16", train=True, mutable=list(setup.state.model_state)
         )
 
-    program = jax.make_jaxpr(forward)(variables, batch_of(setup)["image"])
+    program = jax.make_jaxpr(forward)(variables, setup.views()["image"])
     types = [
         {variable.aval.dtype.name for variable in equation.invars}
         for equation in equations(program.jaxpr)
@@ -52,7 +44,7 @@ def test_bfloat16_is_what_all_networks_compute_in(name):
     ]
     assert len(types) > 4
     assert all(one == {"bfloat16"} for one in types), types
-    outputs, state = jax.eval_shape(forward, variables, batch_of(setup)["image"])
+    outputs, state = jax.eval_shape(forward, variables, setup.views()["image"])
     assert {leaf.dtype.name for leaf in jax.tree.leaves((outputs, state))} <= {"float32", "int32"}
 
 
@@ -60,7 +52,7 @@ def test_bfloat16_is_what_all_networks_compute_in(name):
 def test_bfloat16_stays_near_float32(name):
     """And the state keeps its form."""
     setup = Setup(name, FIRST_KINDS[name])
-    batch = batch_of(setup)
+    batch = setup.views()
     exact, coarse = (
         jax.jit(training_step(setup, precision=precision))(setup.state, batch)
         for precision in steps.PRECISIONS
@@ -91,7 +83,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(name):
         )
         state = double(setup.state.replace(rng=jnp.zeros(()))).replace(rng=setup.state.rng)
         whole, parts = (
-            jax.jit(training_step(setup, accumulate=accumulate))(state, batch_of(setup))
+            jax.jit(training_step(setup, accumulate=accumulate))(state, setup.views())
             for accumulate in (1, 2)
         )
     for (path, expected), actual in zip(
