@@ -153,8 +153,9 @@ def _parse_config(values, argv):
     chosen = _resolve(given[0]) if given else str(ROOT / "configs" / "digits.py")
     path = Path(chosen.split(":", 1)[0])
     if not path.is_file():
-        there = sorted(str(file) for file in (ROOT / "configs").glob("*.py") if file.stem != "common")
-        raise ConfigError(f"no configuration file {path}: {nearest(str(path), there)}")
+        # By their names: where this project lies must not decide what is near.
+        there = [f"configs/{file.name}" for file in (ROOT / "configs").glob("*.py") if file.stem != "common"]
+        raise ConfigError(f"no configuration file {path}: {nearest(f'configs/{path.name}', there)}")
     folder = str(path.resolve().parent.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # for `from configs import common`, from wherever the command is run
