@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ffl_jax import backend, data, evaluation, execution, steps, train
 from ffl_jax import config as config_lib
-from ffl_jax import convolutions, data, evaluation, execution, steps, train
 from ffl_jax.data import Dataset, Split
 from ffl_jax.errors import ConfigError
 from ffl_jax.experiment import Experiment, versions
@@ -235,12 +235,10 @@ class Benchmark:
         program, start = make(), time.perf_counter()
         compiled = program.lower(*arguments).compile()
         facts = {"compile_seconds": time.perf_counter() - start}
-        with convolutions.by_xla():  # traced anew
+        with backend.as_accelerator():  # traced anew
             flops = _count(make().lower(*arguments).cost_analysis(), "flops")
-        # XLA counts the body of a loop once: the parts of a batch, and on a CPU the seeds.
-        looped = experiment.config.accumulate
-        looped *= experiment.config.num_seeds if self._parallel.devices[0].platform == "cpu" else 1
-        facts["flops"] = flops and flops * looped
+        # XLA counts the body of a loop once: here of that over the parts of a batch.
+        facts["flops"] = flops and flops * experiment.config.accumulate
         facts["bytes"] = _count(compiled.cost_analysis(), "bytes accessed")
         memory = compiled.memory_analysis()
         facts["temporary_mb"] = memory.temp_size_in_bytes / 1e6 if memory else None
@@ -305,7 +303,7 @@ def noise(config, classes: int, examples: int = 0):
 
 def peak_flops(precision: str) -> float:
     """FLOP/s of a large matrix product on one device."""
-    side = 1024 if jax.default_backend() == "cpu" else 8192
+    side = 1024 if backend.is_cpu() else 8192
     x = jnp.full((side, side), 1e-3, precision)
     return 2 * side**3 / execution.step_seconds(jax.jit(lambda x: x @ x), x)
 

@@ -5,8 +5,6 @@ it must for the gradient of a kernel, for that of a strided convolution's input,
 convolutions. What stands in their place there gives the same numbers within rounding.
 """
 
-import contextlib
-import contextvars
 import functools
 from collections.abc import Sequence
 
@@ -17,20 +15,11 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
+from ffl_jax import backend
+
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Of the operands of one matrix product in `_kernel_gradient`, in bytes: what stays in a core's cache.
 _CHUNK_BYTES = 3 << 20
-_by_xla = contextvars.ContextVar("by_xla", default=False)
-
-
-@contextlib.contextmanager
-def by_xla():
-    """What is traced inside leaves every convolution to XLA, as on an accelerator."""
-    token = _by_xla.set(True)
-    try:
-        yield
-    finally:
-        _by_xla.reset(token)
 
 
 def conv_general_dilated(
@@ -84,7 +73,7 @@ def conv_transpose(
 
 
 def _left_to_xla(x):
-    return _by_xla.get() or jax.default_backend() != "cpu" or x.dtype not in (jnp.float32, jnp.float64)
+    return not backend.is_cpu() or x.dtype not in (jnp.float32, jnp.float64)
 
 
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from ffl_jax import convolutions, steps
+from ffl_jax import backend, steps
 from ffl_jax.data import Split
 
 
@@ -108,7 +108,7 @@ def training_flops(experiment) -> float | None:
         "image": jax.ShapeDtypeStruct((*views, config.batch_size, *experiment.image_shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
-    with convolutions.by_xla():
+    with backend.as_accelerator():
         lowered = jax.jit(step).lower(experiment.abstract_state(), batch)
     return (lowered.cost_analysis() or {}).get("flops")
 

@@ -42,8 +42,8 @@ class Sweep:
             return each((sums, variables), arrays)
 
         # The program adds to sums that it is given, so that nothing waits for the host until the end.
-        if config.num_seeds > 1:
-            zero = jax.tree.map(lambda x: np.stack([x] * config.num_seeds), zero)
+        if parallel.num_seeds > 1:
+            zero = jax.tree.map(lambda x: np.stack([x] * parallel.num_seeds), zero)
         own = parallel_lib.OWN
         self.zero = parallel.place(zero, own)
         self.program = parallel.map(add, (own, own, inputs.arrays))
@@ -65,7 +65,7 @@ class Evaluator:
     def __init__(self, method, split, config, parallel: parallel_lib.Parallel):
         """Args: method: a `Method`. split: a `data.Split`. config: the whole configuration."""
         self._sweep = Sweep(steps.eval_step, method, split, config, parallel)
-        self._parallel, self._num_seeds = parallel, config.num_seeds
+        self._parallel = parallel
 
     def __call__(self, state: steps.TrainState) -> list[dict[str, dict]] | None:
         """The scores of a state on the devices, for each seed; None if a signal came. The state stays.
@@ -79,8 +79,8 @@ class Evaluator:
             return None
         sums = jax.device_get(self._parallel.fetch(sums))
         seeds = [sums]
-        if self._num_seeds > 1:
-            seeds = [jax.tree.map(lambda x, k=k: x[k], sums) for k in range(self._num_seeds)]
+        if self._parallel.num_seeds > 1:
+            seeds = [jax.tree.map(lambda x, k=k: x[k], sums) for k in range(self._parallel.num_seeds)]
         return [_scores(sums) for sums in seeds]
 
 

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ffl_jax import backend, outputs, parallel, processes, steps
 from ffl_jax import config as config_lib
-from ffl_jax import outputs, parallel, processes, steps
 from ffl_jax.paths import cache_directory
 
 _MODES = {"loop": False, "vmap": True}
+_BLOCKS, _BLOCK_SECONDS = 5, 0.3  # that a step is timed in
 _SMALL_SIDE = (
     4  # On a CPU, at 4 vmap was 1.4 to 1.9 times as fast as the loop, at 8 it took 1.2 to 1.7 times as long.
 )
@@ -33,7 +34,7 @@ def settle(experiment, devices: parallel.Parallel):
     config, networks = experiment.config, experiment.method.subnetworks
     if config.subnetworks.execution != "auto" or not hasattr(networks, "vectorize") or networks.num == 1:
         return
-    if devices.devices[0].platform == "cpu":
+    if backend.is_cpu():
         small = _branch_side(networks, experiment.image_shape) <= _SMALL_SIDE
         experiment.method = vectorized(experiment.method, small)
         return
@@ -82,7 +83,7 @@ def training_step(experiment, method, devices: parallel.Parallel) -> tuple[Calla
     config, views = experiment.config, method.subnetworks.num if method.views else 0
     rng = np.random.default_rng(0)
     size = config.batch_size // devices.shares
-    seeds = (config.num_seeds,) if config.num_seeds > 1 else ()
+    seeds = (devices.num_seeds,) if devices.num_seeds > 1 else ()
     shape = (*seeds, *([views] if views else []), size, *experiment.image_shape)
     batch = devices.place(
         {
@@ -110,21 +111,21 @@ def training_step(experiment, method, devices: parallel.Parallel) -> tuple[Calla
     def numbers(leaf):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             key = jax.random.key(0)
-            return jnp.stack([key] * config.num_seeds) if seeds else key
+            return jnp.stack([key] * devices.num_seeds) if seeds else key
         return jnp.full((*seeds, *leaf.shape), 0.01, leaf.dtype)
 
     state = devices.place(jax.tree.map(numbers, experiment.abstract_state()), parallel.OWN)
     return step, state, batch
 
 
-def step_seconds(step: Callable, state, *rest, blocks: int = 5, block_seconds: float = 0.3) -> float:
+def step_seconds(step: Callable, state, *rest) -> float:
     """Seconds of `state = step(state, *rest)`: the median over blocks of calls, after two that compile."""
     for _ in range(2):
         start = time.perf_counter()
         state = jax.block_until_ready(step(state, *rest))
-    calls = max(1, round(block_seconds / (time.perf_counter() - start)))
+    calls = max(1, round(_BLOCK_SECONDS / (time.perf_counter() - start)))
     times = []
-    for _ in range(blocks):
+    for _ in range(_BLOCKS):
         start = time.perf_counter()
         for _ in range(calls):
             state = step(state, *rest)
@@ -136,12 +137,12 @@ def step_seconds(step: Callable, state, *rest, blocks: int = 5, block_seconds: f
 def _key(experiment, devices) -> str:
     """Names all that the speed depends on."""
     config = config_lib.to_json(experiment.config)
-    parts = {
-        key: config[key]
-        for key in ("method", "subnetworks", "batch_size", "precision", "accumulate", "num_seeds")
-    }
+    parts = {key: config[key] for key in ("method", "subnetworks", "batch_size", "precision", "accumulate")}
     parts |= {"image": list(experiment.image_shape), "classes": experiment.method.num_classes}
-    parts |= {"devices": [devices.devices[0].device_kind, devices.num_devices], "jax": jax.__version__}
+    parts |= {
+        "devices": [devices.devices[0].device_kind, devices.num_devices, devices.num_seeds],
+        "jax": jax.__version__,
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ffl_jax import backend
 from ffl_jax.errors import ConfigError
 
 _DATA, _SEED, _SUBNETWORK = "data", "seed", "subnetwork"
@@ -227,7 +228,7 @@ class Parallel:
         """
         if self.num_seeds == 1:
             return function
-        over = lax.map if self.devices[0].platform == "cpu" else lambda one, own: jax.vmap(one)(own)
+        over = lax.map if backend.is_cpu() else lambda one, own: jax.vmap(one)(own)
         return lambda own, *shared: over(lambda one: function(one, *shared), own)
 
     def map(self, function, arguments: tuple, results=OWN, donate_argnums=()):

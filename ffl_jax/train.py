@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ffl_jax import checkpoint, cost, data, execution, outputs, preemption, processes, steps
+from ffl_jax import backend, checkpoint, cost, data, execution, outputs, preemption, processes, steps
 from ffl_jax import config as config_lib
 from ffl_jax import parallel as parallel_lib
 from ffl_jax.errors import CheckpointError, NonFiniteError, ResourceError
@@ -137,7 +137,7 @@ class _Training:
     def tell_memory(self):
         """Logs what training will take of each device, and a warning where it is more than there is."""
         here = len(self.runs) // self.parallel.seeds
-        at_once = 1 if self.parallel.devices[0].platform == "cpu" else here
+        at_once = 1 if backend.is_cpu() else here
         needed = cost.training_memory(self.experiment, self.parallel.shares, here, at_once)
         parts = (f"{part} {size / 1e6:.0f} MB" for part, size in needed.items())
         logging.info("Memory for training on each device, estimated: %s.", ", ".join(parts))

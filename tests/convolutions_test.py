@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ffl_jax import convolutions
+from ffl_jax import backend, convolutions
 
 CASES = {
     "stem": dict(shape=(4, 8, 9, 3), kernel=(3, 3, 3, 5)),
@@ -107,7 +107,7 @@ def test_transposed_equals_the_gradient_of_its_definition(strides, padding):
             )
 
         ours = results()
-        with convolutions.by_xla():
+        with backend.as_accelerator():
             theirs = results()
     for result, other, wanted in zip(ours, theirs, (y[kept], dx[inside], dk), strict=True):
         np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-12)
@@ -134,7 +134,7 @@ def test_accelerators_get_the_convolutions_of_xla(monkeypatch):
         return str(program).count("conv_general_dilated[")
 
     assert convolutions_of_xla() == 0
-    with convolutions.by_xla():
+    with backend.as_accelerator():
         assert convolutions_of_xla() == 3
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert convolutions_of_xla() == 3

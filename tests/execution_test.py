@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from configs import digits
-from ffl_jax import data, execution
+from ffl_jax import backend, data, execution
 from ffl_jax.experiment import Experiment
 from ffl_jax.parallel import Parallel
 
@@ -38,7 +38,8 @@ def accelerator(kind="Test 1"):
 
 
 def settled(experiment, devices):
-    execution.settle(experiment, devices)
+    with backend.as_accelerator(devices.devices[0].platform != "cpu"):
+        execution.settle(experiment, devices)
     return experiment.method.subnetworks.vectorize
 
 
@@ -97,7 +98,8 @@ def test_different_networks_have_no_choice(dataset, monkeypatch):
     monkeypatch.setattr(execution, "measure", None)
     mixed = experiment(dataset, "tiny+tiny_wide")
     before = mixed.method
-    execution.settle(mixed, accelerator())
+    with backend.as_accelerator():
+        execution.settle(mixed, accelerator())
     assert mixed.method is before
 
 

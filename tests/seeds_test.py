@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from ffl_jax import checkpoint, data, evaluation, main, outputs, preemption, steps, train
+from ffl_jax import backend, checkpoint, data, evaluation, main, outputs, preemption, steps, train
 from ffl_jax import config as config_lib
 from ffl_jax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from ffl_jax.experiment import Experiment
@@ -141,18 +141,11 @@ def test_stopped_and_killed_seeds_continue_with_the_same_bits(joint, tmp_path, m
         train.train(configuration(), tmp_path)
 
 
-def by_vmap(self, function):
-    """`Parallel.for_seeds` as on an accelerator."""
-    if self.num_seeds == 1:
-        return function
-    return lambda own, *shared: jax.vmap(lambda one: function(one, *shared))(own)
-
-
-def test_vectorized_seeds_give_the_same_numbers(tmp_path, monkeypatch):
+def test_vectorized_seeds_give_the_same_numbers(tmp_path):
     """In the first two steps; rounding grows in those that follow."""
-    monkeypatch.setattr(Parallel, "for_seeds", by_vmap)
-    settings = {"epochs": 1, "log_every_steps": 2}
-    train.train(configuration(**settings), tmp_path / "joint")
+    settings = {"epochs": 1, "log_every_steps": 2, "subnetworks.execution": "loop"}
+    with backend.as_accelerator():
+        train.train(configuration(**settings), tmp_path / "joint")
     for seed in SEEDS:
         train.train(configuration(1, seed, **settings), tmp_path / str(seed))
         line, expected = (
@@ -192,7 +185,8 @@ def test_vectorized_step_in_float64():
 
         pairs = list(zip(states, batches, strict=True))
         stacked = jax.tree.map(lambda *x: jax.numpy.stack(x), *pairs)
-        together = jax.jit(by_vmap(Parallel(num_seeds=2), step))(stacked)
+        with backend.as_accelerator():
+            together = jax.jit(Parallel(num_seeds=2).for_seeds(step))(stacked)
         for index, pair in enumerate(pairs):
             alone = jax.jit(step)(pair)
             for actual, expected in zip(

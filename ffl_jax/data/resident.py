@@ -109,8 +109,8 @@ class TrainInput:
             return own, epoch_order(own["seed"], own["epoch"], len(split), config.batch_size)
 
         self._order = parallel.map(parallel.for_seeds(order), (parallel_lib.OWN,))
-        seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.uint32)
-        self._seeds = seeds if config.num_seeds > 1 else seeds[0]
+        seeds = np.arange(config.seed, config.seed + parallel.num_seeds, dtype=np.uint32)
+        self._seeds = seeds if parallel.num_seeds > 1 else seeds[0]
 
     def batches(self, epoch: int, position: int):
         own = {"seed": self._seeds, "epoch": np.full_like(self._seeds, epoch, dtype=np.int32)}
