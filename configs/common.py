@@ -9,10 +9,10 @@ import os
 from ml_collections import ConfigDict
 
 from ffl_jax import methods
-from ffl_jax.config import flatten, stretch
 from ffl_jax.errors import ConfigError
 from ffl_jax.models import NETWORKS
 from ffl_jax.registry import nearest
+from ffl_jax.training.config import flatten, stretch
 
 RECIPES = ("published", "common")
 OPTIMISATION = ("epochs", "batch_size", "optimizer", "data")  # what "common" leaves out of a method's recipe

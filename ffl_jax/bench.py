@@ -58,9 +58,9 @@ def command(argv: list[str]):
         "num_seeds": [_whole("seeds", x) for x in values.seeds],
     }
 
-    from ffl_jax import benchmark
+    from ffl_jax.measure import speed
 
-    bench = benchmark.Benchmark(values.config, values.synthetic, values.examples)
+    bench = speed.Benchmark(values.config, values.synthetic, values.examples)
     print(bench.heading(), flush=True)
     for part in values.parts:
         if part == "step":

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from absl import flags
 
-from ffl_jax import preemption
+from ffl_jax.devices import preemption
 from ffl_jax.errors import ConfigError, FFLError, Preempted, ResourceError
-from ffl_jax.paths import programs_directory
 from ffl_jax.registry import nearest
+from ffl_jax.workdir.paths import programs_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 _OUT_OF_RESOURCES = {
@@ -189,7 +189,7 @@ def _unknown_key(chosen: str, argv: list[str]) -> ConfigError | None:
     """Names the first `--config.KEY` that the file does not have, with the nearest that it has."""
     from importlib import util
 
-    from ffl_jax.config import flatten
+    from ffl_jax.training.config import flatten
 
     path, _, presets = chosen.partition(":")
     spec = util.spec_from_file_location("chosen_config", path)

@@ -30,9 +30,11 @@ def command(argv: list[str]):
 
     import jax
 
-    from ffl_jax import config as config_lib
-    from ffl_jax import data, experiment, methods, parallel, teachers
-    from ffl_jax.paths import cache_directory
+    from ffl_jax import data, methods
+    from ffl_jax.devices import parallel
+    from ffl_jax.training import config as config_lib
+    from ffl_jax.training import experiment, teachers
+    from ffl_jax.workdir.paths import cache_directory
 
     _say("Python", f"{platform.python_version()} in {sys.prefix}")
     _say("versions", ", ".join(f"{name} {version}" for name, version in experiment.versions().items()))

@@ -23,9 +23,9 @@ def command(argv: list[str]):
     if not values.workdir:
         raise cli.ConfigError("--workdir is missing: give the folder of a training.")
 
-    from ffl_jax import evaluation
+    from ffl_jax.training import scoring
 
-    step, scores = evaluation.evaluate_checkpoint(
+    step, scores = scoring.evaluate_checkpoint(
         Path(values.workdir), values.step, values.split, values.data_dir
     )
     print(f"step {step}, {values.split} split")

@@ -34,10 +34,10 @@ def command(argv: list[str]):
         if not values[name].value:
             raise cli.ConfigError(f"--{name} is missing; see --help.")
 
-    from ffl_jax import pytorch_weights
+    from ffl_jax.pytorch import conversion
 
-    weights = pytorch_weights.load(values.source, values.input, values.state, values.network)
-    pytorch_weights.write(weights, values.config, values.workdir)
+    weights = conversion.load(values.source, values.input, values.state, values.network)
+    conversion.write(weights, values.config, values.workdir)
     trunk = f", the first {weights.shared_stages} stages shared" if weights.shared_stages else ""
     print(f"{weights.num} x {weights.network} for {weights.num_classes} classes{trunk}: {weights.method}")
     if weights.left_out:

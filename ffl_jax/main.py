@@ -36,14 +36,15 @@ def parse(argv: list[str]) -> flags.FlagValues:
 def command(argv: list[str]):
     values = parse(argv)
 
-    from ffl_jax import processes, train
+    from ffl_jax.devices import processes
+    from ffl_jax.training import loop
 
     if values.distributed:
         processes.join()
     if not processes.is_first():
         logging.getLogger().setLevel(logging.WARNING)
     workdir = values.workdir or cli.default_workdir(values.config)
-    summary = train.train(values.config, workdir)
+    summary = loop.train(values.config, workdir)
     scores = ", ".join(
         f"{name} {_percent(one['top1'])}" for name, one in summary["predictors"].items() if "top1" in one
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from absl import flags
 
-from ffl_jax import cli, main, preemption
+from ffl_jax import cli, main
+from ffl_jax.devices import preemption
 from ffl_jax.errors import ConfigError, DatasetError, FFLError, Preempted, ResourceError
 
 USAGE = """
@@ -115,7 +116,7 @@ def _job(
     file: str, others: list[str], output: Path, method: str, network: str | None, seeds: list[int]
 ) -> Job:
     """Raises ConfigError where the run would be refused."""
-    from ffl_jax import config as config_lib
+    from ffl_jax.training import config as config_lib
 
     path, _, presets = file.partition(":")
     own = {"method": method, "network": network}
@@ -167,8 +168,8 @@ def _run(arguments: list[str]) -> int:
 
 def _is_complete(job: Job) -> bool:
     """Whether a run of this configuration has come to its end; another one is for `main` to refuse."""
-    from ffl_jax import config as config_lib
-    from ffl_jax import outputs
+    from ffl_jax.training import config as config_lib
+    from ffl_jax.workdir import outputs
 
     stored = outputs.read_json(job.workdir / "config.json")
     wanted = config_lib.to_json(job.config)

@@ -13,10 +13,12 @@ import pytest
 from conftest import equations
 
 from configs import digits
-from ffl_jax import backend, data, evaluation, execution, methods, parallel, preemption, train
+from ffl_jax import data, methods
 from ffl_jax.deployment import exporting
+from ffl_jax.devices import backend, parallel, preemption
 from ffl_jax.errors import Preempted
-from ffl_jax.experiment import Experiment
+from ffl_jax.training import loop, scoring, vectorize
+from ffl_jax.training.experiment import Experiment
 
 
 def configuration(method="ffl", num_seeds=2):
@@ -45,16 +47,16 @@ def accelerator(tmp_path, monkeypatch):
 
 def vmap_is_faster(monkeypatch, timed=False):
     """What `settle` is told; `timed` if both ways shall run for it all the same. Returns what ran."""
-    ran, measure = [], execution.measure
+    ran, measure = [], vectorize.measure
 
     def measured(experiment, devices):
         if timed:
             ran.append(measure(experiment, devices))
         return {"loop": 2.0, "vmap": 1.0}
 
-    monkeypatch.setattr(execution, "_BLOCKS", 1)
-    monkeypatch.setattr(execution, "_BLOCK_SECONDS", 0.0)
-    monkeypatch.setattr(execution, "measure", measured)
+    monkeypatch.setattr(vectorize, "_BLOCKS", 1)
+    monkeypatch.setattr(vectorize, "_BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(vectorize, "measure", measured)
     return ran
 
 
@@ -63,7 +65,7 @@ def vmap_is_faster(monkeypatch, timed=False):
 )
 def test_every_method_trains_and_is_evaluated(method, num_seeds, tmp_path, monkeypatch):
     vmap_is_faster(monkeypatch)
-    summary = train.train(configuration(method, num_seeds), tmp_path / "run", dataset())
+    summary = loop.train(configuration(method, num_seeds), tmp_path / "run", dataset())
     assert summary["status"] == "completed"
     scores = np.array([one["nll"] for one in summary["predictors"].values()])
     assert scores.shape == (len(summary["predictors"]), *([2] if num_seeds == 2 else []))
@@ -75,19 +77,19 @@ def test_stopped_continued_evaluated_and_exported(num_seeds, tmp_path, monkeypat
     """Stopped after one step of two, it ends with the bits of a run that was left alone."""
     ran = vmap_is_faster(monkeypatch, timed=True)
     config = configuration(num_seeds=num_seeds)
-    whole = train.train(config, tmp_path / "whole", dataset())
+    whole = loop.train(config, tmp_path / "whole", dataset())
     assert [one.keys() for one in ran] == [{"loop", "vmap"}]  # remembered from then on
     with monkeypatch.context() as patch:
-        advance, begun = train.Progress.advance, []
-        patch.setattr(train.Progress, "advance", lambda *args: begun.append(args[1]) or advance(*args))
+        advance, begun = loop.Progress.advance, []
+        patch.setattr(loop.Progress, "advance", lambda *args: begun.append(args[1]) or advance(*args))
         patch.setattr(preemption, "requested", lambda: bool(begun))
         with pytest.raises(Preempted):
-            train.train(config, tmp_path / "stopped", dataset())
+            loop.train(config, tmp_path / "stopped", dataset())
     assert json.loads((tmp_path / "stopped" / "summary.json").read_text())["step"] == 1
-    again = train.train(config, tmp_path / "stopped", dataset())
+    again = loop.train(config, tmp_path / "stopped", dataset())
     assert again["predictors"] == whole["predictors"]
     folder = tmp_path / "stopped" / ("seed_1" if num_seeds == 2 else "")
-    _, scores = evaluation.evaluate_checkpoint(folder)
+    _, scores = scoring.evaluate_checkpoint(folder)
     nll = np.ravel(whole["predictors"]["fused"]["nll"])[-1]
     assert scores["predictions"]["fused"]["nll"] == pytest.approx(nll, rel=1e-5)
     assert exporting.export(folder, tmp_path / "fused.stablehlo", name="fused").images == 64
@@ -101,10 +103,10 @@ def test_number_of_seeds_is_part_of_what_is_remembered(monkeypatch):
         seen.append((state.step.shape, batch["label"].shape))
         return 1.0
 
-    monkeypatch.setattr(execution, "step_seconds", step_seconds)
+    monkeypatch.setattr(vectorize, "step_seconds", step_seconds)
     experiment = Experiment(configuration(num_seeds=1), dataset())
     for num_seeds in (1, 3, 1, 3):
-        execution.settle(experiment, parallel.Parallel(num_devices=1, num_seeds=num_seeds))
+        vectorize.settle(experiment, parallel.Parallel(num_devices=1, num_seeds=num_seeds))
     assert seen == [((1,), (1, 200))] * 2 + [((1, 3), (1, 3, 200))] * 2  # behind the axis of pmap
 
 
@@ -114,8 +116,8 @@ def test_programs_are_those_of_an_accelerator(as_on_accelerator):
     with backend.as_accelerator(as_on_accelerator):
         experiment = Experiment(configuration("independent", 1), dataset())
         devices = parallel.Parallel(num_devices=1, num_seeds=2)
-        method = execution.vectorized(experiment.method, True)
-        step, state, batch = execution.training_step(experiment, method, devices)
+        method = vectorize.vectorized(experiment.method, True)
+        step, state, batch = vectorize.training_step(experiment, method, devices)
         names = [one.primitive.name for one in equations(jax.make_jaxpr(step)(state, batch).jaxpr)]
         # Three layers: their results, and the gradients of their kernels and inputs, but of the images.
         assert (names.count("conv_general_dilated") == 3 + 3 + 2) == as_on_accelerator

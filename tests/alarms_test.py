@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from ffl_jax import alarms
+from ffl_jax.workdir import alarms
 
 NAMES = ("sub_0", "sub_1", "leader")
 

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from configs import digits, folder
-from ffl_jax import bench, benchmark
+from ffl_jax import bench
 from ffl_jax.errors import ConfigError
+from ffl_jax.measure import speed
 
 
 @pytest.fixture
@@ -19,10 +20,10 @@ def run(monkeypatch, capsys, tmp_path):
         bench.command(argv)
         return capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
 
-    monkeypatch.setattr(benchmark, "_LOOP_SECONDS", 0.2)
-    monkeypatch.setattr(benchmark, "_STREAM_SECONDS", 0.2)
-    monkeypatch.setattr(benchmark, "peak_flops", {"float32": 1e12, "bfloat16": 2e12}.get)
-    monkeypatch.setattr(benchmark, "bandwidth", lambda: 1e11)
+    monkeypatch.setattr(speed, "_LOOP_SECONDS", 0.2)
+    monkeypatch.setattr(speed, "_STREAM_SECONDS", 0.2)
+    monkeypatch.setattr(speed, "peak_flops", {"float32": 1e12, "bfloat16": 2e12}.get)
+    monkeypatch.setattr(speed, "bandwidth", lambda: 1e11)
     return command
 
 
@@ -69,8 +70,8 @@ def test_numbers_of_networks_and_seeds_multiply(run):
 
 
 def test_peaks_are_those_of_this_age():
-    assert 1e9 < benchmark.peak_flops("float32") < 1e16
-    assert 1e8 < benchmark.bandwidth() < 1e14
+    assert 1e9 < speed.peak_flops("float32") < 1e16
+    assert 1e8 < speed.bandwidth() < 1e14
 
 
 def test_flops_of_a_step_are_those_of_its_convolutions(run):
@@ -113,17 +114,17 @@ def test_what_devices_exchange_is_counted():
       %done = f32[3]{0} all-reduce-done(%all-reduce-start)
       ROOT %sum = f32[3]{0} add(%done, %all-reduce.1)
     """
-    assert benchmark.communication(program) == {
+    assert speed.communication(program) == {
         "all-reduce": {"bytes": 4 + 4 * 64 + 4 * 3, "messages": 2},
         "all-gather": {"bytes": 2 * 80, "messages": 1},
     }
-    assert benchmark.communication("%x = f32[3]{0} add(%a, %b)") == {}
+    assert speed.communication("%x = f32[3]{0} add(%a, %b)") == {}
 
 
 def test_noise_stands_for_a_dataset():
     for config in (digits.get_config(), folder.get_config()):
         config.data.image_size = 24
-        dataset = benchmark.noise(config, 7)
+        dataset = speed.noise(config, 7)
         assert dataset.train.image_shape == (24, 24, 3)
         assert len(dataset.train) == 200 * config.batch_size
         assert set(dataset.train.labels) == set(range(7))

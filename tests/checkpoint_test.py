@@ -21,8 +21,8 @@ import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from ffl_jax import checkpoint, manifest
 from ffl_jax.errors import CheckpointError, ResourceError
+from ffl_jax.workdir import checkpoint, manifest
 
 ROOT = Path(__file__).parents[1]
 

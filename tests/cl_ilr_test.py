@@ -8,7 +8,7 @@ import reference
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
-from ffl_jax.subnetworks import build
+from ffl_jax.methods.subnetworks import build
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from ffl_jax import cli, paths
+from ffl_jax import cli
+from ffl_jax.workdir import paths
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import cifar10, cifar100, common, digits
-from ffl_jax import config as config_lib
 from ffl_jax import methods
 from ffl_jax.errors import ConfigError
+from ffl_jax.training import config as config_lib
 
 FOLDER = pathlib.Path(cifar100.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from ffl_jax import checkpoint, data, outputs, steps
-from ffl_jax.experiment import Experiment, run_record
+from ffl_jax import data
 from ffl_jax.models import NETWORKS, Network
 from ffl_jax.models.base import batch_norm, conv
+from ffl_jax.training import steps
+from ffl_jax.training.experiment import Experiment, run_record
+from ffl_jax.workdir import checkpoint, outputs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -161,7 +163,7 @@ def pytest_collection_modifyitems(items):
     slow = (
         *("train_test", "method_test", "seeds_test", "parallel_methods_test", "processes_test", "main_test"),
         *("data_streaming_test", "bench_test", "teachers_test", "golden_test", "ffsd_test", "parallel_test"),
-        *("launch_test", "precision_test", "import_weights_test", "models_test", "evaluation_test"),
+        *("launch_test", "precision_test", "import_weights_test", "models_test", "scoring_test"),
         *("report_test",),
         *("mfef_test", "kdcl_test", "afd_test", "feed_test", "models_mobile_test", "okddip_test", "ffl_test"),
     )

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ffl_jax import backend, convolutions
+from ffl_jax.devices import backend
+from ffl_jax.models import convolutions
 
 CASES = {
     "stem": dict(shape=(4, 8, 9, 3), kernel=(3, 3, 3, 5)),

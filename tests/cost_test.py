@@ -6,11 +6,12 @@ import jax
 import pytest
 
 from configs import digits
-from ffl_jax import cost, data, execution, steps
-from ffl_jax.experiment import Experiment
+from ffl_jax import data
+from ffl_jax.devices.parallel import Parallel
 from ffl_jax.methods import METHODS
-from ffl_jax.parallel import Parallel
-from ffl_jax.subnetworks import build
+from ffl_jax.methods.subnetworks import build
+from ffl_jax.training import cost, steps, vectorize
+from ffl_jax.training.experiment import Experiment
 
 
 @functools.cache
@@ -105,7 +106,7 @@ def test_memory_for_training_is_near_what_xla_takes(name, dataset):
     config = digits.get_config(arg)
     config.update_from_flattened_dict(settings)
     experiment, devices = Experiment(config, dataset), Parallel(num_devices=1)
-    program, state, batch = execution.training_step(experiment, experiment.method, devices)
+    program, state, batch = vectorize.training_step(experiment, experiment.method, devices)
     analysis = program.lower(state, batch).compile().memory_analysis()
     needed = cost.training_memory(experiment, 1)
     gradient = needed["state"] - analysis.alias_size_in_bytes

@@ -18,10 +18,12 @@ from data_tfds_test import write_dataset
 from PIL import Image
 
 from configs import imagenet
-from ffl_jax import checkpoint, data, metrics, train
+from ffl_jax import data
 from ffl_jax.data import resident, streaming
 from ffl_jax.errors import ConfigError, DatasetError, ResourceError
-from ffl_jax.experiment import Experiment
+from ffl_jax.training import loop, metrics
+from ffl_jax.training.experiment import Experiment
+from ffl_jax.workdir import checkpoint
 
 TRAIN, TEST = 100, 33
 BATCH = 40  # three steps an epoch, each of two pieces of 32 and 8 images; the last begins the order again
@@ -385,7 +387,7 @@ def test_imagenet_is_trained_and_continues_in_mid_epoch(tmp_path, monkeypatch):
         metrics, "classification_scores", lambda sums: counts.append(float(sums["count"])) or scores(sums)
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    summary = train.train(config, whole)
+    summary = loop.train(config, whole)
     assert summary["status"] == "completed"
     # Three lines of the log for 4 images each, then 7 of validation in two batches.
     assert counts == [4] * 3 + [7]
@@ -393,7 +395,7 @@ def test_imagenet_is_trained_and_continues_in_mid_epoch(tmp_path, monkeypatch):
     shutil.copytree(whole, killed)
     shutil.rmtree(killed / "checkpoints" / "3")
     assert checkpoint.steps(killed / "checkpoints") == [2]
-    again = train.train(config, killed)
+    again = loop.train(config, killed)
     assert counts[4:] == [4, 7]
     assert again["predictors"] == summary["predictors"]
     logs = [(workdir / "metrics.jsonl").read_text() for workdir in (whole, killed)]

@@ -10,7 +10,7 @@ from ffl_jax import methods
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
 from ffl_jax.methods.dml import VARIANTS, mean_probability_logits
-from ffl_jax.subnetworks import build
+from ffl_jax.methods.subnetworks import build
 
 DML = METHODS["dml"]
 LOGITS = np.array([[[1.0, 2, 3], [0, 0, 0]], [[2, 0, -1], [1, 1, 0]], [[0, 1, 0], [-1, 0, 2]]])

@@ -16,12 +16,16 @@ from PIL import Image
 from sklearn import datasets
 
 from configs import digits
-from ffl_jax import benchmark, config, data, deployment, outputs, parallel, steps, sweep, train
+from ffl_jax import data, deployment, sweep
 from ffl_jax.data.base import SOURCES
+from ffl_jax.devices import parallel
 from ffl_jax.errors import CheckpointError
+from ffl_jax.measure import speed
 from ffl_jax.methods import METHODS
 from ffl_jax.models import NETWORKS
 from ffl_jax.reporting import report, runs
+from ffl_jax.training import config, loop, steps
+from ffl_jax.workdir import outputs
 
 PAGES = sorted(path.relative_to(ROOT) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
 # What begins so is no command of this package: launch_test.py and CI run the scripts, and other people test
@@ -52,7 +56,7 @@ def commands_of(page):
 def one_run(tmp_path_factory):
     """The only training: FFL on the digits, for an epoch."""
     workdir = tmp_path_factory.mktemp("docs") / "run"
-    train.train(digits.get_config("network=tiny,epochs=1"), workdir)
+    loop.train(digits.get_config("network=tiny,epochs=1"), workdir)
     return workdir
 
 
@@ -102,9 +106,9 @@ def user(one_run, tmp_path, monkeypatch):
         return [output]
 
     monkeypatch.setattr(report, "write", reported)  # report_test.py draws
-    monkeypatch.setattr(train, "train", trained)
+    monkeypatch.setattr(loop, "train", trained)
     monkeypatch.setattr(sweep, "_run", lambda words: run(f"python -m {shlex.join(words[2:])}") or 0)
-    monkeypatch.setattr(benchmark, "Benchmark", NoBenchmark)
+    monkeypatch.setattr(speed, "Benchmark", NoBenchmark)
 
     def run(line):
         words = shlex.split(line, comments=True)

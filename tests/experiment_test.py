@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from configs import digits
-from ffl_jax import config as config_lib
 from ffl_jax import data
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
-from ffl_jax.experiment import RUN_FORMAT, Experiment, check_same, resolve
+from ffl_jax.training import config as config_lib
+from ffl_jax.training.experiment import RUN_FORMAT, Experiment, check_same, resolve
 
 
 def make_dataset(count=100):

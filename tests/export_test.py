@@ -93,7 +93,7 @@ def test_export(run, tmp_path, name, format):
 
 def test_the_default_is_what_summary_calls_deploy(run):
     workdir, *_ = run
-    restored = exporting.evaluation.restore_checkpoint(workdir)
+    restored = exporting.scoring.restore_checkpoint(workdir)
     card, _ = exporting.describe(restored)
     assert card["predictor"] == "sub_0"
     assert card["architecture"] == {"network": "resnet8", "num_classes": 10}

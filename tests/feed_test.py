@@ -12,9 +12,10 @@ from conftest import draw_variables
 from reference import first_state
 
 from configs import cifar10, cifar100, common
-from ffl_jax import methods, steps
+from ffl_jax import methods
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods.feed import Paraphraser, Translator, feature_distance
+from ffl_jax.training import steps
 
 BATCH, SHAPE = 6, (8, 8, 3)
 

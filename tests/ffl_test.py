@@ -12,11 +12,11 @@ from reference import check_reach, term_gradients
 from sklearn import datasets
 
 from configs import digits
-from ffl_jax import metrics, optimizers, steps
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS, build
 from ffl_jax.methods.ffl import KD_MODES
-from ffl_jax.subnetworks import build as build_subnetworks
+from ffl_jax.methods.subnetworks import build as build_subnetworks
+from ffl_jax.training import metrics, optimizers, steps
 
 FFL = METHODS["ffl"]
 

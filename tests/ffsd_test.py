@@ -11,13 +11,14 @@ from conftest import Tiny, draw_variables
 from reference import term_gradients
 
 from configs import common
-from ffl_jax import config as config_lib
-from ffl_jax import methods, optimizers, steps
+from ffl_jax import methods
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import unit
 from ffl_jax.methods.ffsd import Decoder, TransFusionHead, attention, distance, shift
-from ffl_jax.modules import FusionModule
-from ffl_jax.subnetworks import Stacked, build
+from ffl_jax.methods.modules import FusionModule
+from ffl_jax.methods.subnetworks import Stacked, build
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import optimizers, steps
 
 FFSD = methods.METHODS["ffsd"]
 

@@ -12,7 +12,9 @@ import pytest
 from conftest import AS_USERS
 
 from configs import cifar100
-from ffl_jax import methods, optimizers, subnetworks
+from ffl_jax import methods
+from ffl_jax.methods import subnetworks
+from ffl_jax.training import optimizers
 
 DATA = Path(__file__).parent / "data"
 

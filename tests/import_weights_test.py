@@ -14,21 +14,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ffl_jax import (
-    checkpoint,
-    data,
-    evaluation,
-    import_weights,
-    methods,
-    outputs,
-    pytorch_files,
-    pytorch_weights,
-    subnetworks,
-)
-from ffl_jax import config as config_lib
+from ffl_jax import data, import_weights, methods
 from ffl_jax.data import digits
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
-from ffl_jax.experiment import Experiment
+from ffl_jax.methods import subnetworks
+from ffl_jax.pytorch import conversion, reading
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import scoring
+from ffl_jax.training.experiment import Experiment
+from ffl_jax.workdir import checkpoint, outputs
 
 DATA = Path(__file__).parent / "data"
 # {network: {name: shape}} of the state dicts of FFSD's released code.
@@ -70,8 +64,8 @@ def draw(shapes):
 
 def load(monkeypatch, content, source="ffsd", **options):
     """Loads weights as if a file held `content`."""
-    monkeypatch.setattr(pytorch_files, "read", lambda path: dict(content))
-    return pytorch_weights.load(source, ["weights.npz"], **options)
+    monkeypatch.setattr(reading, "read", lambda path: dict(content))
+    return conversion.load(source, ["weights.npz"], **options)
 
 
 def apply(weights, images, train=False):
@@ -236,7 +230,7 @@ def test_logits_of_ffsd(name, side, run, monkeypatch):
 @pytest.mark.parametrize(("num", "classes"), [(2, 100), (3, 10)])
 def test_logits_of_ffl(num, classes):
     """The first step's logits of the independent PyTorch implementation (see tests/data/README.md)."""
-    weights = pytorch_weights.load("ffl-pytorch", [DATA / f"ffl_resnet8_k{num}_init.npz"])
+    weights = conversion.load("ffl-pytorch", [DATA / f"ffl_resnet8_k{num}_init.npz"])
     assert (weights.method, weights.network, weights.num_classes) == ("ffl", "resnet8", classes)
     assert (weights.num, weights.shared_stages, weights.left_out) == (num, 2, ())
     steps = np.load(DATA / f"ffl_resnet8_k{num}_steps.npz")
@@ -309,7 +303,7 @@ def tensors(state, prefix=""):
 def test_forms_of_the_same_weights(form, tmp_path, monkeypatch):
     """One file or two, in any format, with the wrappings of the released code and of DataParallel."""
     parts = {name: ffl_state(f"{name}/") for name in ("net", "fusion")}
-    expected = pytorch_weights.load("ffl-pytorch", [DATA / "ffl_resnet8_k3_init.npz"])
+    expected = conversion.load("ffl-pytorch", [DATA / "ffl_resnet8_k3_init.npz"])
     saved = {"npz": lambda path, state: np.savez(path, **state), "pth": lambda path, _: path.touch()}
     saved["safetensors"] = lambda path, state: save_file(dict(state), path)
     if form.startswith("two"):
@@ -331,7 +325,7 @@ def test_forms_of_the_same_weights(form, tmp_path, monkeypatch):
             "Module_300.pth": {"epoch": 300, "state_dict": tensors(parts["fusion"]), "optimizer": moments},
         },
     )
-    weights = pytorch_weights.load("ffl-pytorch", list(files))
+    weights = conversion.load("ffl-pytorch", list(files))
     jax.tree.map(np.testing.assert_array_equal, weights.variables, expected.variables)
 
 
@@ -340,7 +334,7 @@ def test_wrapping_of_ffsd(tmp_path, monkeypatch):
     (tmp_path / "modelleader_best.pth").touch()
     content = {"weight": tensors(state), "epoch": 226, "cfg": "resnet20", "index": "leader"}
     pretend_pytorch(monkeypatch, {"modelleader_best.pth": content})
-    weights = pytorch_weights.load("ffsd", [tmp_path / "modelleader_best.pth"])
+    weights = conversion.load("ffsd", [tmp_path / "modelleader_best.pth"])
     assert weights.network == "resnet20"
     kernel = weights.variables["params"]["subnetworks"]["branches"]["head"]["kernel"]
     np.testing.assert_array_equal(kernel[0], state["fc.weight"].T)
@@ -389,7 +383,7 @@ def test_unreadable_files(name, content, error, text, tmp_path, monkeypatch):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=text):
-        pytorch_weights.load("ffsd", [tmp_path / name])
+        conversion.load("ffsd", [tmp_path / name])
 
 
 def test_a_damaged_archive_and_a_pickle_in_it(tmp_path):
@@ -399,17 +393,17 @@ def test_a_damaged_archive_and_a_pickle_in_it(tmp_path):
     content[2000] ^= 255
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"Bad CRC-32 for file 'conv1.weight.npy'; download it again"):
-        pytorch_weights.load("ffsd", [path])
+        conversion.load("ffsd", [path])
     np.savez(path, **{"conv1.weight": np.array([{}], object)})
     with pytest.raises(CheckpointError, match="Object arrays cannot be loaded"):
-        pytorch_weights.load("ffsd", [path])
+        conversion.load("ffsd", [path])
 
 
 def test_pytorch_files_without_pytorch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "model_best.pth.tar").touch()
     with pytest.raises(ConfigError, match=r"pip install torch.*or convert the file to \.npz"):
-        pytorch_weights.load("ffsd", [tmp_path / "model_best.pth.tar"])
+        conversion.load("ffsd", [tmp_path / "model_best.pth.tar"])
 
 
 def test_a_pickle_of_more_than_weights(tmp_path, monkeypatch):
@@ -419,7 +413,7 @@ def test_a_pickle_of_more_than_weights(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(Tensor=Tensor, load=refuse))
     (tmp_path / "network.pt").touch()
     with pytest.raises(CheckpointError, match="holds more than weights") as caught:
-        pytorch_weights.load("ffsd", [tmp_path / "network.pt"])
+        conversion.load("ffsd", [tmp_path / "network.pt"])
     assert "weights_only" not in str(caught.value)
 
 
@@ -543,7 +537,7 @@ def test_a_leader_becomes_a_run_that_can_be_scored(command, tmp_path, capsys):
         "left out, for training only: 10 entries of trans_fusion_module",
         f"written to {workdir}; score it with python -m ffl_jax.evaluate --workdir={workdir}",
     ]
-    step, scores = evaluation.evaluate_checkpoint(workdir)
+    step, scores = scoring.evaluate_checkpoint(workdir)
     scores = scores["predictions"]
     assert step == 0
     config = outputs.read_json(workdir / "config.json")
@@ -584,7 +578,7 @@ def test_ffl_becomes_a_checkpoint(command, tmp_path):
     abstract = Experiment(config, data.load(config.data)).abstract_state()
     state = checkpoint.restore(workdir / "checkpoints", 0, abstract)
     stored = {"params": state.params, **state.model_state}
-    expected = pytorch_weights.load("ffl-pytorch", [path]).variables
+    expected = conversion.load("ffl-pytorch", [path]).variables
     jax.tree.map(np.testing.assert_array_equal, stored, expected)
 
 

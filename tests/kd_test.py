@@ -9,8 +9,9 @@ from conftest import draw_variables
 from reference import first_state
 
 from configs import cifar10, cifar100, common
-from ffl_jax import methods, steps
+from ffl_jax import methods
 from ffl_jax.errors import ConfigError
+from ffl_jax.training import steps
 
 LOGITS = np.array([[[1.0, 2, 3], [0, 0, 0]]])
 TEACHERS = np.array([[[3.0, 1, 0], [1, -1, 0]], [[2, 0, -1], [1, 1, 0]]])

@@ -11,16 +11,17 @@ from conftest import draw_variables
 from reference import check_reach, cross_entropy, first_state, kl_divergence, slopes, softmax, term_gradients
 
 from configs import cifar100, common, digits
-from ffl_jax import checkpoint, train
-from ffl_jax import config as config_lib
 from ffl_jax.data import augment
 from ffl_jax.errors import ConfigError
-from ffl_jax.experiment import Experiment
 from ffl_jax.methods import METHODS, kdcl
+from ffl_jax.methods.subnetworks import Stacked
+from ffl_jax.methods.subnetworks import build as build_subnetworks
 from ffl_jax.models import Network
 from ffl_jax.models.base import batch_norm
-from ffl_jax.subnetworks import Stacked
-from ffl_jax.subnetworks import build as build_subnetworks
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import loop
+from ffl_jax.training.experiment import Experiment
+from ffl_jax.workdir import checkpoint
 
 KDCL = METHODS["kdcl"]
 
@@ -249,7 +250,7 @@ def test_weights_are_those_of_the_validation_split(tmp_path, monkeypatch):
     config.data.validation_examples = 77  # in batches of 32, the last one not full
     config.evaluation.update({"batch_size": 32, "every_epochs": 2})
     config.batch_size = 256
-    assert train.train(config, tmp_path)["status"] == "completed"
+    assert loop.train(config, tmp_path)["status"] == "completed"
     [(experiment, state)] = begun
     np.testing.assert_array_equal(state.model_state["validation"]["weights"], [0.5, 0.5])
     split, settings = experiment.dataset.validation, experiment.config.data
@@ -307,7 +308,7 @@ class Plain(Network):
         return x
 
     def stage(self, index, x, train):
-        return batch_norm(train, name="norm")(x)
+        return batch_norm(loop, name="norm")(x)
 
 
 def plain_logits(params, images):

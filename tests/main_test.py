@@ -12,8 +12,9 @@ from conftest import MAIN
 from PIL import Image
 
 from configs import digits
-from ffl_jax import main, train
+from ffl_jax import main
 from ffl_jax.errors import ConfigError, DatasetError
+from ffl_jax.training import loop
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_own_folder_end_to_end(commands, tmp_path):
 
 
 def test_different_networks_side_by_side(tmp_path):
-    train.train(digits.get_config("network=tiny+tiny_wide,epochs=1"), tmp_path)
+    loop.train(digits.get_config("network=tiny+tiny_wide,epochs=1"), tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["networks"] == ["tiny", "tiny_wide"]
     sizes = {name: scores["parameters"] for name, scores in summary["predictors"].items()}

@@ -10,8 +10,9 @@ import pytest
 from conftest import draw_state, equations
 
 from configs import common
-from ffl_jax import methods, metrics, optimizers, steps
+from ffl_jax import methods
 from ffl_jax.errors import ConfigError
+from ffl_jax.training import metrics, optimizers, steps
 
 SHAPE, CLASSES, BATCH = (8, 8, 3), 10, 8
 # kind -> (networks in turn, stages on a shared trunk, execution, sub-networks beyond the fewest)

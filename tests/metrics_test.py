@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ffl_jax import metrics
+from ffl_jax.training import metrics
 
 
 def reference(logits, labels):

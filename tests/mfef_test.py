@@ -14,7 +14,7 @@ from configs import common
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS, build
 from ffl_jax.methods.mfef import DualAttention, MultiScaleExtraction
-from ffl_jax.subnetworks import build as build_subnetworks
+from ffl_jax.methods.subnetworks import build as build_subnetworks
 
 MFEF = METHODS["mfef"]
 

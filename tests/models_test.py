@@ -11,9 +11,9 @@ from conftest import draw_variables
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
+from ffl_jax.methods.modules import FusionModule
+from ffl_jax.methods.subnetworks import build
 from ffl_jax.models import NETWORKS, base
-from ffl_jax.modules import FusionModule
-from ffl_jax.subnetworks import build
 
 # (network, classes) -> trained numbers of the whole network, its trunk (all stages but the last), one branch
 # with its head, and two branches on one trunk. By hand from the layers' shapes.

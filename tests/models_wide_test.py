@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import draw_variables
 
+from ffl_jax.methods.subnetworks import build
 from ffl_jax.models import NETWORKS, base
-from ffl_jax.subnetworks import build
 
 # (network, classes) -> trained numbers.
 SIZES = [

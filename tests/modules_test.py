@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from configs import cifar100
-from ffl_jax import optimizers
 from ffl_jax.methods import METHODS
-from ffl_jax.modules import FusionModule, ResolutionAdaptor, adaptive_average_pool
-from ffl_jax.subnetworks import build
+from ffl_jax.methods.modules import FusionModule, ResolutionAdaptor, adaptive_average_pool
+from ffl_jax.methods.subnetworks import build
+from ffl_jax.training import optimizers
 
 
 def fill(shape, a, b):

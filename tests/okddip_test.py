@@ -12,11 +12,12 @@ from conftest import draw_variables
 from reference import check_reach, first_state, slopes, softmax, term_gradients
 
 from configs import cifar100, common, imagenet
-from ffl_jax import methods, steps
-from ffl_jax.cost import prediction_costs
+from ffl_jax import methods
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods.okddip import TARGET_GRADS, OKDDip, PeerAttention
-from ffl_jax.subnetworks import build as build_subnetworks
+from ffl_jax.methods.subnetworks import build as build_subnetworks
+from ffl_jax.training import steps
+from ffl_jax.training.cost import prediction_costs
 
 # Two peers and the leader; their attention for each of two examples.
 LOGITS = np.array([[[1.0, 2, 3], [0, 0, 0]], [[2, 0, -1], [1, 1, 0]], [[0, 1, 0], [-1, 0, 2]]])

@@ -9,7 +9,7 @@ from conftest import draw_variables
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS, one
-from ffl_jax.subnetworks import build
+from ffl_jax.methods.subnetworks import build
 
 NAMES = ("sub_0", "sub_1", "sub_2")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from configs import cifar100
-from ffl_jax import optimizers
 from ffl_jax.errors import ConfigError
+from ffl_jax.training import optimizers
 
 DEFAULT = cifar100.get_config().optimizer.to_dict()
 CONSTANT = {**DEFAULT, "schedule": "constant"}

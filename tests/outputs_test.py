@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from ffl_jax import outputs
 from ffl_jax.errors import ConfigError
-from ffl_jax.outputs import draw_curves  # before the fixture of all tests stands in for it
+from ffl_jax.workdir import outputs
+from ffl_jax.workdir.outputs import draw_curves  # before the fixture of all tests stands in for it
 
 
 def write(log, step):

@@ -14,7 +14,9 @@ from conftest import draw_state
 from method_test import FIRST_KINDS, configuration
 
 from configs import digits
-from ffl_jax import methods, optimizers, parallel, steps
+from ffl_jax import methods
+from ffl_jax.devices import parallel
+from ffl_jax.training import optimizers, steps
 
 IMAGE_SHAPE = (8, 8, 3)
 # (shares of the batch, devices for the sub-networks)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ffl_jax import parallel
+from ffl_jax.devices import parallel
 from ffl_jax.errors import ConfigError
 
 SCRIPT = pathlib.Path(__file__).parent / "parallel_script.py"

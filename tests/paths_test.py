@@ -3,7 +3,7 @@
 import pathlib
 import platform
 
-from ffl_jax import paths
+from ffl_jax.workdir import paths
 
 
 def test_cache_folder(monkeypatch):

@@ -12,13 +12,13 @@ from flax import linen as nn
 from reference import check_reach, first_state, slopes, softmax, term_gradients
 
 from configs import cifar100, common
-from ffl_jax import cost, steps
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
+from ffl_jax.methods.subnetworks import Stacked
+from ffl_jax.methods.subnetworks import build as build_subnetworks
 from ffl_jax.models import Network
 from ffl_jax.models.base import batch_norm
-from ffl_jax.subnetworks import Stacked
-from ffl_jax.subnetworks import build as build_subnetworks
+from ffl_jax.training import cost, steps
 
 PCL = METHODS["pcl"]
 

@@ -9,10 +9,11 @@ import pytest
 from conftest import equations
 from method_test import FIRST_KINDS, Setup
 
-from ffl_jax import config as config_lib
-from ffl_jax import methods, steps
+from ffl_jax import methods
+from ffl_jax.devices.parallel import Parallel
 from ffl_jax.errors import ConfigError
-from ffl_jax.parallel import Parallel
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import steps
 
 
 def training_step(setup, **settings):

@@ -46,7 +46,7 @@ def models(tmp_path_factory):
     """{format: an exported file} of `sub_0` of random variables, the test split, the checkpoint's logits."""
     folder = tmp_path_factory.mktemp("models")
     experiment, _ = conftest.write_run(folder / "run", digits.get_config())
-    restored = exporting.evaluation.restore_checkpoint(folder / "run")
+    restored = exporting.scoring.restore_checkpoint(folder / "run")
     card, variables = exporting.describe(restored)
     files = {}
     for name in deployment.FORMATS:

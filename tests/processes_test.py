@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from conftest import MAIN
 
-from ffl_jax import outputs, processes
+from ffl_jax.devices import processes
 from ffl_jax.errors import ConfigError, ResourceError
+from ffl_jax.workdir import outputs
 
 ARGUMENTS = (
     *(*MAIN, "--config=configs/digits.py:network=tiny,epochs=2"),

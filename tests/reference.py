@@ -9,7 +9,8 @@ import numpy as np
 from conftest import draw_variables
 
 from configs import common
-from ffl_jax import methods, optimizers, steps
+from ffl_jax import methods
+from ffl_jax.training import optimizers, steps
 
 SHAPE, BATCH, CLASSES = (8, 8, 3), 4, 3
 LABELS = np.array([0, 2, 1, 1])

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from configs import digits
-from ffl_jax import backend, checkpoint, data, evaluation, main, outputs, preemption, steps, train
-from ffl_jax import config as config_lib
+from ffl_jax import data, main
+from ffl_jax.devices import backend, preemption
+from ffl_jax.devices.parallel import Parallel
 from ffl_jax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
-from ffl_jax.experiment import Experiment
-from ffl_jax.parallel import Parallel
 from ffl_jax.reporting import report
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import loop, scoring, steps
+from ffl_jax.training.experiment import Experiment
+from ffl_jax.workdir import checkpoint, outputs
 
 SEEDS = (3, 4)
 
@@ -42,14 +45,14 @@ def final_state(workdir):
 @pytest.fixture(scope="module")
 def joint(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("joint")
-    return workdir, train.train(configuration(), workdir)
+    return workdir, loop.train(configuration(), workdir)
 
 
 def test_each_seed_equals_its_single_run(joint, tmp_path):
     workdir, summary = joint
     for index, seed in enumerate(SEEDS):
         own, alone = workdir / f"seed_{seed}", tmp_path / str(seed)
-        single = train.train(configuration(1, seed), alone)
+        single = loop.train(configuration(1, seed), alone)
         state, expected = final_state(own), final_state(alone)
         for (path, leaf), wanted in zip(
             jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
@@ -87,19 +90,19 @@ def test_the_joint_summary_lists_the_seeds(joint):
 
 def test_a_seed_is_a_run_for_other_commands(joint):
     workdir, summary = joint
-    step, scores = evaluation.evaluate_checkpoint(workdir / "seed_4")
+    step, scores = scoring.evaluate_checkpoint(workdir / "seed_4")
     assert step == 22
     nll = scores["predictions"]["sub_0"]["nll"]
     assert nll == pytest.approx(summary["predictors"]["sub_0"]["nll"][1], rel=1e-5)
     with pytest.raises(ConfigError, match=r"holds 2 seeds: choose one, such as --workdir=.*/seed_3"):
-        evaluation.evaluate_checkpoint(workdir)
+        scoring.evaluate_checkpoint(workdir)
 
 
 def test_complete_seeds_are_left_alone(joint):
     workdir, summary = joint
-    assert train.train(configuration(), workdir) == summary
+    assert loop.train(configuration(), workdir) == summary
     (workdir / "seed_4" / "summary.json").unlink()
-    again = train.train(configuration(), workdir)
+    again = loop.train(configuration(), workdir)
     assert again["predictors"] == summary["predictors"]
     assert (workdir / "seed_4" / "summary.json").exists()
 
@@ -107,13 +110,13 @@ def test_complete_seeds_are_left_alone(joint):
 def stopped_at(step, monkeypatch):
     """A signal comes as soon as that many steps were begun."""
     begun = []
-    advance = train.Progress.advance
+    advance = loop.Progress.advance
 
     def count(progress, steps):
         begun.append(steps)
         advance(progress, steps)
 
-    monkeypatch.setattr(train.Progress, "advance", count)
+    monkeypatch.setattr(loop.Progress, "advance", count)
     monkeypatch.setattr(preemption, "requested", lambda: sum(begun) >= step)
 
 
@@ -122,13 +125,13 @@ def test_stopped_and_killed_seeds_continue_with_the_same_bits(joint, tmp_path, m
     with monkeypatch.context() as patch:
         stopped_at(6, patch)
         with pytest.raises(Preempted):
-            train.train(configuration(), tmp_path)
+            loop.train(configuration(), tmp_path)
     summary = outputs.read_json(tmp_path / "summary.json")
     assert summary["status"] == "preempted"
     newest = checkpoint.steps(tmp_path / "seed_3" / "checkpoints")
     assert newest[-1] == summary["step"] >= 6
     shutil.rmtree(tmp_path / "seed_4" / "checkpoints" / str(newest[-1]))
-    train.train(configuration(), tmp_path)
+    loop.train(configuration(), tmp_path)
     workdir, _ = joint
     for seed in SEEDS:
         own, expected = tmp_path / f"seed_{seed}", workdir / f"seed_{seed}"
@@ -138,16 +141,16 @@ def test_stopped_and_killed_seeds_continue_with_the_same_bits(joint, tmp_path, m
     for step in checkpoint.steps(tmp_path / "seed_4" / "checkpoints"):
         shutil.rmtree(tmp_path / "seed_4" / "checkpoints" / str(step))
     with pytest.raises(CheckpointError, match=r"seed_[34]/checkpoints has no whole step 0"):
-        train.train(configuration(), tmp_path)
+        loop.train(configuration(), tmp_path)
 
 
 def test_vectorized_seeds_give_the_same_numbers(tmp_path):
     """In the first two steps; rounding grows in those that follow."""
     settings = {"epochs": 1, "log_every_steps": 2, "subnetworks.execution": "loop"}
     with backend.as_accelerator():
-        train.train(configuration(**settings), tmp_path / "joint")
+        loop.train(configuration(**settings), tmp_path / "joint")
     for seed in SEEDS:
-        train.train(configuration(1, seed, **settings), tmp_path / str(seed))
+        loop.train(configuration(1, seed, **settings), tmp_path / str(seed))
         line, expected = (
             outputs.read_metrics(tmp_path / one / "metrics.jsonl")[0]
             for one in (f"joint/seed_{seed}", str(seed))
@@ -200,7 +203,7 @@ def test_vectorized_step_in_float64():
 def test_a_seed_that_diverges_is_named_and_ends_all(tmp_path):
     config = configuration(**{"optimizer.learning_rate": 1e30, "checkpoint.every_steps": 0})
     with pytest.raises(NonFiniteError, match=r"lower config.optimizer.learning_rate"):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
     summaries = [outputs.read_json(tmp_path / f"seed_{seed}" / "summary.json") for seed in SEEDS]
     assert [one["status"] for one in summaries] == ["diverged", "preempted"]
     assert outputs.read_json(tmp_path / "summary.json")["status"] == "diverged"
@@ -222,7 +225,7 @@ def test_the_command_shows_mean_and_deviation(tmp_path, capsys, monkeypatch):
         assert config.num_seeds == 3
         return {"status": "completed", "predictors": {"sub_0": {"top1": [0.5, 0.6, 0.7]}}}
 
-    monkeypatch.setattr(train, "train", trained)
+    monkeypatch.setattr(loop, "train", trained)
     argv = ["main", "--config.num_seeds=3", "--config.seed=2"]
     monkeypatch.setattr("sys.argv", argv)
     main.command(argv)

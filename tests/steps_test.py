@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from configs import common
-from ffl_jax import methods, optimizers, steps
+from ffl_jax import methods
+from ffl_jax.training import optimizers, steps
 
 
 class Pair(nn.Module):

@@ -10,8 +10,8 @@ import pytest
 from conftest import draw_variables
 
 from ffl_jax.errors import ConfigError
+from ffl_jax.methods.subnetworks import Mixed, Stacked, build, network_names
 from ffl_jax.models import NETWORKS
-from ffl_jax.subnetworks import Mixed, Stacked, build, network_names
 
 # The copies' statistics and gradients come from the same numbers, summed in another order.
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}

@@ -10,8 +10,10 @@ import textwrap
 import pytest
 from conftest import MAIN, ROOT
 
-from ffl_jax import outputs, preemption, sweep
+from ffl_jax import sweep
+from ffl_jax.devices import preemption
 from ffl_jax.errors import ConfigError, FFLError, Preempted
+from ffl_jax.workdir import outputs
 
 TINY = ("--config=configs/digits.py:epochs=1,recipe=common", "--networks=tiny")
 

@@ -17,12 +17,15 @@ from PIL import Image
 from sklearn import datasets
 
 from configs import digits, folder
-from ffl_jax import checkpoint, cli, data, doctor, main, outputs, preemption, teachers, train
-from ffl_jax import config as config_lib
+from ffl_jax import cli, data, doctor, main
 from ffl_jax.data import Split
+from ffl_jax.devices import preemption
 from ffl_jax.errors import CheckpointError, ConfigError, Preempted
-from ffl_jax.experiment import Experiment
-from ffl_jax.run import Run
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import loop, teachers
+from ffl_jax.training.experiment import Experiment
+from ffl_jax.training.run import Run
+from ffl_jax.workdir import checkpoint, outputs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +112,7 @@ def test_one_command_trains_all_and_continues(tmp_path, monkeypatch, caplog):
         log = second / "metrics.jsonl"
         patch.setattr(preemption, "requested", lambda: log.exists() and log.stat().st_size > 0)
         with pytest.raises(Preempted, match=r"step \d+ is saved; run the same command again") as stopped:
-            train.train(config, tmp_path)
+            loop.train(config, tmp_path)
     (stopped_at,) = re.findall(r"step (\d+)", str(stopped.value))
     assert 9 < int(stopped_at) < 23  # that line was written while the devices went on
     assert not checkpoint.exists(tmp_path / "checkpoints")
@@ -118,7 +121,7 @@ def test_one_command_trains_all_and_continues(tmp_path, monkeypatch, caplog):
     assert f"Teacher 2 of 2 first: independent, tiny_wide, 1 epochs, in {second}\n" in caplog.text
     caplog.clear()
 
-    summary = train.train(config, tmp_path)
+    summary = loop.train(config, tmp_path)
     assert f"Continuing from step {stopped_at} of 23" in caplog.text
     assert f"Now their student, in {tmp_path}\n" in caplog.text
     assert f"Teacher 1 of 2: sub_0 of {first}\n" in caplog.text
@@ -134,7 +137,7 @@ def test_one_command_trains_all_and_continues(tmp_path, monkeypatch, caplog):
     assert int(trained.step) == 23
     shutil.rmtree(tmp_path / "teachers")
     config.teachers.runs = ("gone", "gone")
-    assert train.train(config, tmp_path) == summary
+    assert loop.train(config, tmp_path) == summary
     assert not (tmp_path / "teachers").exists()
     state = final_state(tmp_path, config)
     for index, teacher in enumerate((written, trained)):

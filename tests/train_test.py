@@ -15,9 +15,12 @@ import pytest
 from conftest import MAIN, command
 
 from configs import digits
-from ffl_jax import checkpoint, config, data, errors, evaluate, metrics, outputs, preemption, train
+from ffl_jax import data, errors, evaluate
 from ffl_jax.data import resident
-from ffl_jax.experiment import Experiment
+from ffl_jax.devices import preemption
+from ffl_jax.training import config, loop, metrics
+from ffl_jax.training.experiment import Experiment
+from ffl_jax.workdir import checkpoint, outputs
 
 # 2 epochs of 45 steps on the digits, saved and logged at odd places.
 SETTINGS = (
@@ -293,7 +296,7 @@ def test_nothing_is_compiled_after_the_first_evaluation(tmp_path, monkeypatch):
     settings.evaluation.every_epochs = 1
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        train.train(settings, tmp_path)
+        loop.train(settings, tmp_path)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     counts = {(step, split): count for step, split, count in at_line}
@@ -312,15 +315,15 @@ def test_stopped_before_or_within_the_last_evaluation(tmp_path, monkeypatch, ask
     log = tmp_path / "metrics.jsonl"
     monkeypatch.setattr(preemption, "requested", lambda: log.stat().st_size > 0 and next(answers))
     with pytest.raises(errors.Preempted):
-        train.train(settings, tmp_path)
+        loop.train(settings, tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "preempted"
     assert checkpoint.load_run(tmp_path / "checkpoints", 23)["evaluated_step"] == -1
     monkeypatch.undo()
-    summary = train.train(settings, tmp_path)
+    summary = loop.train(settings, tmp_path)
     assert summary["status"] == "completed"
     assert checkpoint.load_run(tmp_path / "checkpoints", 23)["evaluated_step"] == 23
     content = log.read_bytes()
-    assert train.train(settings, tmp_path) == summary
+    assert loop.train(settings, tmp_path) == summary
     assert log.read_bytes() == content
 
 
@@ -338,7 +341,7 @@ def test_augmented_images_and_alarms_are_shown(tmp_path, monkeypatch, caplog):
     settings = digits.get_config("epochs=2,network=tiny,method=kdcl")
     settings.evaluation.every_epochs = 1
     settings.log_histograms = True
-    train.train(settings, tmp_path)
+    loop.train(settings, tmp_path)
     assert caplog.text.count("sub_0 and sub_1 have become identical") == 1
     assert [step for step, _ in histograms] == [23, 46]
     assert "branches" in histograms[0][1]["params"]["subnetworks"]
@@ -359,7 +362,7 @@ def test_augmented_images_and_alarms_are_shown(tmp_path, monkeypatch, caplog):
 
 def test_no_room_for_checkpoints(tmp_path, monkeypatch):
     """Refused before a step is compiled or a file of the run is written."""
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**4))
+    monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**4))
     with pytest.raises(errors.ResourceError, match=r"0\.0 MB free, but 2 checkpoints and the next one need"):
-        train.train(digits.get_config("network=tiny"), tmp_path)
+        loop.train(digits.get_config("network=tiny"), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ffl_jax.data import base
-from ffl_jax.paths import cache_directory
+from ffl_jax.workdir.paths import cache_directory
 
 Arrays = dict[str, np.ndarray]
 _VERSION = "2"  # Part of every key: raise it when decoding changes, so that older files are not read.

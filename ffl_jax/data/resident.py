@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffl_jax import parallel as parallel_lib
 from ffl_jax.data import augment
+from ffl_jax.devices import parallel as parallel_lib
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ffl_jax import parallel as parallel_lib
 from ffl_jax.data import augment, base, resident
 from ffl_jax.data import pieces as pieces_lib
+from ffl_jax.devices import parallel as parallel_lib
 from ffl_jax.errors import ConfigError, FFLError, ResourceError
 
 _BUFFERED = 2  # finished pieces that wait with each worker

@@ -12,13 +12,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ffl_jax import __version__, cost, evaluation, manifest, outputs, steps
-from ffl_jax import config as config_lib
+from ffl_jax import __version__
 from ffl_jax.data import StreamedSplit, augment, crops
 from ffl_jax.deployment import CARD_VERSION, predictor
 from ffl_jax.errors import CheckpointError, ConfigError
 from ffl_jax.models import NETWORKS
 from ffl_jax.registry import nearest
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import cost, scoring, steps
+from ffl_jax.workdir import manifest, outputs
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
 _IMAGES = 64
@@ -63,7 +65,7 @@ def export(
     """Writes one prediction of a checkpoint; `output` is the old file or the whole new one, never a part.
 
     Args:
-      workdir, step, data_dir: see `evaluation.restore_checkpoint`.
+      workdir, step, data_dir: see `scoring.restore_checkpoint`.
       output: the file; its folder is made. A safetensors file gets its card beside it, with the ending .json.
       format: one of `FORMATS`.
       name: of the prediction; None takes the method's headline.
@@ -75,7 +77,7 @@ def export(
     """
     output = Path(output)
     _check(output, format)
-    restored = evaluation.restore_checkpoint(Path(workdir), step, data_dir)
+    restored = scoring.restore_checkpoint(Path(workdir), step, data_dir)
     card, variables = describe(restored, name)
     images = _test_images(restored.experiment)
     expected = reference(restored, card["predictor"], images)
@@ -106,7 +108,7 @@ def _check(output, format):
         raise ConfigError(f"--output={output}: the card goes into that file; end it in .safetensors.")
 
 
-def describe(restored: evaluation.Restored, name: str | None = None) -> tuple[dict, dict]:
+def describe(restored: scoring.Restored, name: str | None = None) -> tuple[dict, dict]:
     """(card of one prediction, the variables that `predictor.build` of it takes).
 
     Raises:
@@ -157,7 +159,7 @@ def describe(restored: evaluation.Restored, name: str | None = None) -> tuple[di
     return card, variables
 
 
-def reference(restored: evaluation.Restored, name: str, images: np.ndarray) -> np.ndarray:
+def reference(restored: scoring.Restored, name: str, images: np.ndarray) -> np.ndarray:
     """A checkpoint's own logits [B, C] of images uint8 [B, H, W, 3], by the whole method as in evaluation."""
     experiment = restored.experiment
 

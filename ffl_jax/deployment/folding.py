@@ -9,7 +9,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from ffl_jax import backend
+from ffl_jax.devices import backend
 
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}  # where a call keeps its content
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from ffl_jax import subnetworks
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import afd as afd
 from ffl_jax.methods import cl_ilr as cl_ilr
@@ -17,6 +16,7 @@ from ffl_jax.methods import mfef as mfef
 from ffl_jax.methods import okddip as okddip
 from ffl_jax.methods import one as one
 from ffl_jax.methods import pcl as pcl
+from ffl_jax.methods import subnetworks
 from ffl_jax.methods.base import METHODS, Method
 from ffl_jax.models import NETWORKS
 from ffl_jax.registry import nearest

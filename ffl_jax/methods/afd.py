@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from ffl_jax.convolutions import Conv
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence
 from ffl_jax.methods.base import METHODS, Method
+from ffl_jax.methods.modules import adaptive_average_pool
 from ffl_jax.models.base import batch_norm, conv
-from ffl_jax.modules import adaptive_average_pool
+from ffl_jax.models.convolutions import Conv
 
 DISCRIMINATORS = ("image", "patch")
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from ffl_jax.errors import ConfigError
+from ffl_jax.methods.subnetworks import Mixed
 from ffl_jax.models import Network
 from ffl_jax.registry import Registry
-from ffl_jax.subnetworks import Mixed
 
 METHODS = Registry("method")
 

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from ffl_jax.convolutions import Conv
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import at_least_float32, cross_entropy, unit
 from ffl_jax.methods.base import METHODS, OfflineMethod
+from ffl_jax.methods.modules import adaptive_average_pool
 from ffl_jax.models.base import uniform
-from ffl_jax.modules import adaptive_average_pool
+from ffl_jax.models.convolutions import Conv
 
 CHOICES = {"target": ("map", "factor"), "reduction": ("mean", "sum"), "reconstruction": ("l1", "l2")}
 

@@ -6,7 +6,7 @@ from jax.lax import stop_gradient
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import cross_entropy, kl_divergence, sigmoid_rampup
 from ffl_jax.methods.base import METHODS, Method
-from ffl_jax.modules import FusionModule
+from ffl_jax.methods.modules import FusionModule
 
 KD_MODES = ("mkd", "ens2fused", "fused2sub", "none")
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
 
-from ffl_jax.convolutions import ConvTranspose
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence, l2_norm, sigmoid_rampup, unit
 from ffl_jax.methods.base import METHODS, Method
+from ffl_jax.methods.modules import FusionModule, separable_conv
 from ffl_jax.models.base import batch_norm, uniform
-from ffl_jax.modules import FusionModule, separable_conv
+from ffl_jax.models.convolutions import ConvTranspose
 
 SHIFT_REFS = ("code", "unit", "max")
 

@@ -8,8 +8,8 @@ from jax.lax import stop_gradient
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence, sigmoid_rampup
 from ffl_jax.methods.base import METHODS, Method
+from ffl_jax.methods.modules import FusionModule, adaptive_average_pool
 from ffl_jax.models.base import batch_norm, conv
-from ffl_jax.modules import FusionModule, adaptive_average_pool
 
 EXTRACTIONS = ("res2net", "parallel", "none")
 

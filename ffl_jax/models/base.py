@@ -5,7 +5,8 @@ import flax.linen as nn
 import jax
 from flax.linen import initializers
 
-from ffl_jax import convolutions, parallel
+from ffl_jax.devices import parallel
+from ffl_jax.models import convolutions
 from ffl_jax.registry import Registry
 
 NETWORKS = Registry("network")

@@ -3,9 +3,9 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from ffl_jax.config import FREE_DATA_KEYS, FREE_KEYS, flatten
 from ffl_jax.reporting.groups import BASELINE, Group, baseline
 from ffl_jax.reporting.runs import Run
+from ffl_jax.training.config import FREE_DATA_KEYS, FREE_KEYS, flatten
 
 # What does not change the numbers of a run, or has its own column.
 _IGNORED = ("seed", "num_seeds", "subnetworks.network")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ffl_jax import outputs
 from ffl_jax.errors import ConfigError
 from ffl_jax.reporting import cells, comparability, figures, groups, page, results, runs, tables
+from ffl_jax.workdir import outputs
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ffl_jax import __version__, checkpoint, methods, optimizers, steps
-from ffl_jax import config as config_lib
+from ffl_jax import __version__, methods
 from ffl_jax.data import Dataset, resident
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import optimizers, steps
+from ffl_jax.workdir import checkpoint
 
 RUN_FORMAT = 4
 

@@ -30,8 +30,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.experimental.v1._src.saving import execution
 
-from ffl_jax import manifest
 from ffl_jax.errors import CheckpointError, FFLError, ResourceError
+from ffl_jax.workdir import manifest
 
 # Orbax 0.12.8 has all processes compare the folder that they save to, also where it was told that one saves.
 _ALL_PROCESSES = execution, "_check_directory_consistency"

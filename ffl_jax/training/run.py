@@ -9,10 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ffl_jax import alarms, checkpoint, cost, metrics, outputs, processes, teachers
-from ffl_jax import config as config_lib
+from ffl_jax.devices import processes
 from ffl_jax.errors import NonFiniteError
-from ffl_jax.experiment import Experiment, check_same, run_record, versions
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import cost, metrics, teachers
+from ffl_jax.training.experiment import Experiment, check_same, run_record, versions
+from ffl_jax.workdir import alarms, checkpoint, outputs
 
 
 class Run:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ffl_jax import metrics, parallel
+from ffl_jax.devices import parallel
+from ffl_jax.training import metrics
 
 PRECISIONS = ("float32", "bfloat16")
 

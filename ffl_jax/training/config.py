@@ -5,10 +5,12 @@ import math
 
 from ml_collections import ConfigDict
 
-from ffl_jax import methods, optimizers, subnetworks
+from ffl_jax import methods
 from ffl_jax.data.augment import PAD_MODES
 from ffl_jax.errors import ConfigError
-from ffl_jax.steps import PRECISIONS
+from ffl_jax.methods import subnetworks
+from ffl_jax.training import optimizers
+from ffl_jax.training.steps import PRECISIONS
 
 # Changing these does not change what is trained, so that a run may continue with another value.
 FREE_KEYS = (

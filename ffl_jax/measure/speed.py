@@ -18,13 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffl_jax import backend, data, evaluation, execution, steps, train
-from ffl_jax import config as config_lib
+from ffl_jax import data
 from ffl_jax.data import Dataset, Split
+from ffl_jax.devices import backend
+from ffl_jax.devices.parallel import SHARED, Parallel
 from ffl_jax.errors import ConfigError
-from ffl_jax.experiment import Experiment, versions
-from ffl_jax.parallel import SHARED, Parallel
-from ffl_jax.progress import FIRST_STEP
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import loop, scoring, steps, vectorize
+from ffl_jax.training.experiment import Experiment, versions
+from ffl_jax.workdir.progress import FIRST_STEP
 
 # The result, or several in parentheses, and the name; of one in two halves, the second.
 _COLLECTIVE = re.compile(
@@ -54,7 +56,7 @@ class Benchmark:
         self._parallel.check_batch_size(config.batch_size, config.accumulate)
         self._dataset = noise(config, synthetic, examples) if synthetic else data.load(config.data)
         self._experiment = Experiment(config, self._dataset)
-        execution.settle(self._experiment, self._parallel)
+        vectorize.settle(self._experiment, self._parallel)
         self._config = self._experiment.config
         self.rows = []
         device = self._parallel.devices[0]
@@ -96,25 +98,25 @@ class Benchmark:
             experiment = Experiment(config, self._dataset)
             devices = Parallel(**config.parallel, num_seeds=config.num_seeds)
             devices.check_networks(experiment.method.subnetworks)
-            execution.settle(experiment, devices)
-            make = functools.partial(execution.training_step, experiment, experiment.method, devices)
+            vectorize.settle(experiment, devices)
+            make = functools.partial(vectorize.training_step, experiment, experiment.method, devices)
             _, state, batch = make()
             compiled, facts = self._compile(lambda make=make: make()[0], (state, batch), experiment)
-            seconds = execution.step_seconds(compiled, state, batch)
+            seconds = vectorize.step_seconds(compiled, state, batch)
             self._row("training step", experiment, seconds, config.batch_size, facts)
 
     def evaluation(self):
         """A batch of the test split scored; without its input where that is streamed."""
         state = self._state()
         make = functools.partial(
-            evaluation.Sweep,
+            scoring.Sweep,
             *(steps.eval_step, self._experiment.method, self._dataset.test, self._config, self._parallel),
         )
         sweep = make()
         with contextlib.closing(sweep.input.batches()) as batches:
             arguments = (sweep.zero, (state.params, state.model_state), next(batches))
         compiled, facts = self._compile(lambda: make().program, arguments, self._experiment)
-        seconds = execution.step_seconds(compiled, *arguments)
+        seconds = vectorize.step_seconds(compiled, *arguments)
         self._row("evaluation step", self._experiment, seconds, sweep.input.batch_size, facts)
 
     def input(self):
@@ -142,7 +144,7 @@ class Benchmark:
 
         program = self._parallel.map(run, (SHARED, inputs.arrays), donate_argnums=(0,))
         carry = self._parallel.place((jnp.zeros(()), np.int32(0)))
-        return execution.step_seconds(program, carry, next(inputs.batches(0, 0)))
+        return vectorize.step_seconds(program, carry, next(inputs.batches(0, 0)))
 
     def _streamed_seconds(self, inputs):
         """Of one batch, once the first quarter of them has emptied the buffers."""
@@ -168,10 +170,10 @@ class Benchmark:
 
         The bare step is timed before and after it, for machines that other work shares.
         """
-        step, state, batch = execution.training_step(
+        step, state, batch = vectorize.training_step(
             self._experiment, self._experiment.method, self._parallel
         )
-        seconds = execution.step_seconds(step, state, batch)
+        seconds = vectorize.step_seconds(step, state, batch)
         config = type(self._config)(self._experiment.config.to_dict())
         dataset = self._dataset
         most = max(2, int(_LOOP_SECONDS / seconds)) * config.batch_size
@@ -185,10 +187,10 @@ class Benchmark:
         config.log_every_steps = max(1, min(config.log_every_steps, per_epoch * config.epochs // 4))
         config.evaluation.every_epochs = config.checkpoint.every_epochs = config.epochs
         with tempfile.TemporaryDirectory() as workdir:
-            summary = train.train(config, workdir, dataset)
+            summary = loop.train(config, workdir, dataset)
         speed = summary["images_per_second"]
         self._row("training loop", self._experiment, config.batch_size / speed, config.batch_size, {})
-        again = execution.step_seconds(step, self._state(), batch)
+        again = vectorize.step_seconds(step, self._state(), batch)
         more = 2 * config.batch_size / speed / (seconds + again) - 1
         print(
             f"(a bare step takes {1e3 * seconds:.1f} ms before and {1e3 * again:.1f} ms after; one of the "
@@ -228,7 +230,7 @@ class Benchmark:
         return sizes | ({"device": stats["peak_bytes_in_use"] / 1e6} if "peak_bytes_in_use" in stats else {})
 
     def _state(self):
-        return execution.training_step(self._experiment, self._experiment.method, self._parallel)[1]
+        return vectorize.training_step(self._experiment, self._experiment.method, self._parallel)[1]
 
     def _compile(self, make, arguments, experiment):
         """(the program that `make` gives, compiled; what is known of it before it runs)."""
@@ -305,13 +307,13 @@ def peak_flops(precision: str) -> float:
     """FLOP/s of a large matrix product on one device."""
     side = 1024 if backend.is_cpu() else 8192
     x = jnp.full((side, side), 1e-3, precision)
-    return 2 * side**3 / execution.step_seconds(jax.jit(lambda x: x @ x), x)
+    return 2 * side**3 / vectorize.step_seconds(jax.jit(lambda x: x @ x), x)
 
 
 def bandwidth() -> float:
     """Bytes/s, read and written, of a large sum on one device."""
     x = jnp.ones(1 << 26, jnp.float32)
-    return 2 * x.nbytes / execution.step_seconds(jax.jit(lambda x: x + 1, donate_argnums=0), x)
+    return 2 * x.nbytes / vectorize.step_seconds(jax.jit(lambda x: x + 1, donate_argnums=0), x)
 
 
 def communication(program: str) -> dict[str, dict[str, int]]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ffl_jax import preemption
+from ffl_jax.devices import preemption
 from ffl_jax.errors import ConfigError, ResourceError
 
 _VARIABLES = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ffl_jax import checkpoint, methods
-from ffl_jax import config as config_lib
+from ffl_jax import methods
 from ffl_jax.cli import ROOT
 from ffl_jax.data import Dataset, Split, resident
 from ffl_jax.errors import CheckpointError, ConfigError
-from ffl_jax.experiment import RUN_FORMAT, Experiment, resolve
-from ffl_jax.steps import TrainState
+from ffl_jax.training import config as config_lib
+from ffl_jax.training.experiment import RUN_FORMAT, Experiment, resolve
+from ffl_jax.training.steps import TrainState
+from ffl_jax.workdir import checkpoint
 
 
 def prepare(config: ConfigDict, workdir: Path, train: Callable) -> list[str]:

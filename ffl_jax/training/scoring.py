@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffl_jax import checkpoint, data, metrics, preemption, processes, steps
-from ffl_jax import config as config_lib
-from ffl_jax import parallel as parallel_lib
+from ffl_jax import data
+from ffl_jax.devices import parallel as parallel_lib
+from ffl_jax.devices import preemption, processes
 from ffl_jax.errors import ConfigError
-from ffl_jax.experiment import Experiment, check_same
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import metrics, steps
+from ffl_jax.training.experiment import Experiment, check_same
+from ffl_jax.workdir import checkpoint
 
 
 class Sweep:

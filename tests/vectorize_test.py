@@ -7,9 +7,11 @@ import jax
 import pytest
 
 from configs import digits
-from ffl_jax import backend, data, execution
-from ffl_jax.experiment import Experiment
-from ffl_jax.parallel import Parallel
+from ffl_jax import data
+from ffl_jax.devices import backend
+from ffl_jax.devices.parallel import Parallel
+from ffl_jax.training import vectorize
+from ffl_jax.training.experiment import Experiment
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def accelerator(kind="Test 1"):
 
 def settled(experiment, devices):
     with backend.as_accelerator(devices.devices[0].platform != "cpu"):
-        execution.settle(experiment, devices)
+        vectorize.settle(experiment, devices)
     return experiment.method.subnetworks.vectorize
 
 
@@ -51,7 +53,7 @@ def test_the_faster_one_is_taken_and_remembered(dataset, folder, monkeypatch):
         measured.append(experiment.config.batch_size)
         return dict(times)
 
-    monkeypatch.setattr(execution, "measure", measure)
+    monkeypatch.setattr(vectorize, "measure", measure)
     assert settled(experiment(dataset), accelerator()) is True
     times["loop"] = 0.05
     assert settled(experiment(dataset), accelerator()) is True
@@ -82,24 +84,24 @@ def test_the_faster_one_is_taken_and_remembered(dataset, folder, monkeypatch):
     ],
 )
 def test_nothing_is_measured_where_it_is_known(mode, network, devices, expected, dataset, monkeypatch):
-    monkeypatch.setattr(execution, "measure", None)
+    monkeypatch.setattr(vectorize, "measure", None)
     assert settled(experiment(dataset, network, mode), devices()) is expected
 
 
 def test_a_cpu_takes_larger_maps_one_after_another(dataset, monkeypatch):
     """The trunk of one stage leaves 8x8, as the whole networks see."""
-    monkeypatch.setattr(execution, "measure", None)
+    monkeypatch.setattr(vectorize, "measure", None)
     for shared_stages in (0, 1):
         settings = {"shared_stages": shared_stages}
         assert settled(experiment(dataset, subnetworks=settings), Parallel()) is False
 
 
 def test_different_networks_have_no_choice(dataset, monkeypatch):
-    monkeypatch.setattr(execution, "measure", None)
+    monkeypatch.setattr(vectorize, "measure", None)
     mixed = experiment(dataset, "tiny+tiny_wide")
     before = mixed.method
     with backend.as_accelerator():
-        execution.settle(mixed, accelerator())
+        vectorize.settle(mixed, accelerator())
     assert mixed.method is before
 
 
@@ -107,7 +109,7 @@ def test_different_networks_have_no_choice(dataset, monkeypatch):
 def test_both_ways_are_timed(method, dataset):
     """On this CPU, with and without a view for each sub-network."""
     config = digits.get_config(f"network=tiny,method={method}")
-    seconds = execution.measure(Experiment(config, dataset), Parallel(num_devices=1))
+    seconds = vectorize.measure(Experiment(config, dataset), Parallel(num_devices=1))
     assert seconds.keys() == {"loop", "vmap"}
     assert all(1e-5 < x < 10 for x in seconds.values())
 
@@ -120,6 +122,6 @@ def test_a_step_is_timed_by_its_median(monkeypatch):
         clock[0] += next(cost)
         return state
 
-    monkeypatch.setattr(execution.time, "perf_counter", lambda: clock[0])
-    assert execution.step_seconds(step, jax.numpy.zeros(())) == pytest.approx(0.2)
+    monkeypatch.setattr(vectorize.time, "perf_counter", lambda: clock[0])
+    assert vectorize.step_seconds(step, jax.numpy.zeros(())) == pytest.approx(0.2)
     assert next(cost, None) is None

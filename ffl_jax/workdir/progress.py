@@ -10,7 +10,7 @@ import jax
 import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ffl_jax import processes
+from ffl_jax.devices import processes
 
 FIRST_STEP = "The first step was done"  # how a line of the log begins
 _LINE_SECONDS = 15.0

@@ -1,4 +1,4 @@
-"""Run by evaluation_test.py with 8 devices: scores splits of several sizes on some of them."""
+"""Run by scoring_test.py with 8 devices: scores splits of several sizes on some of them."""
 
 import json
 import sys
@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ffl_jax import methods, parallel, steps
+from ffl_jax import methods
 from ffl_jax.data import Split
-from ffl_jax.evaluation import Evaluator
+from ffl_jax.devices import parallel
 from ffl_jax.models import NetworkOutputs
+from ffl_jax.training import steps
+from ffl_jax.training.scoring import Evaluator
 
 SIZES = (1, 8, 9, 33)
 DEVICES = (1, 2, 8)

@@ -1,11 +1,11 @@
 import json
 import pathlib
 
-import evaluation_script
 import numpy as np
 import pytest
+import scoring_script
 
-SCRIPT = pathlib.Path(evaluation_script.__file__)
+SCRIPT = pathlib.Path(scoring_script.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -15,14 +15,14 @@ def results(commands, tmp_path_factory):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("devices", evaluation_script.DEVICES)
+@pytest.mark.parametrize("devices", scoring_script.DEVICES)
 def test_every_example_counts_once(results, devices):
     """In batches of 8, whatever the size: counts equal NumPy's exactly, losses within float32."""
     images = (np.array(results["images"]) / 255 - 0.5) / 0.25
     labels = np.array(results["labels"])
     logits = np.einsum("nd,kdc->knc", images.reshape(33, -1), np.array(results["kernels"]))
     predictions = {"sub_0": logits[0], "sub_1": logits[1], "ensemble": logits.mean(0)}
-    for size in evaluation_script.SIZES:
+    for size in scoring_script.SIZES:
         scores = results["scores"][f"{devices} {size}"]["predictions"]
         assert scores.keys() == predictions.keys()
         for name, z in predictions.items():
@@ -35,10 +35,10 @@ def test_every_example_counts_once(results, devices):
 
 
 def test_diversity_does_not_depend_on_the_devices(results):
-    for size in evaluation_script.SIZES:
+    for size in scoring_script.SIZES:
         one = results["scores"][f"1 {size}"]["diversity"]
         assert one.keys() == {"disagreement", "kl", "cka"}
-        for devices in evaluation_script.DEVICES[1:]:
+        for devices in scoring_script.DEVICES[1:]:
             other = results["scores"][f"{devices} {size}"]["diversity"]
             for name, values in one.items():
                 np.testing.assert_allclose(other[name], values, rtol=1e-4, atol=1e-5, err_msg=name)

@@ -14,16 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ffl_jax import checkpoint, data, methods, outputs, pytorch_files, steps, subnetworks
-from ffl_jax import config as config_lib
+from ffl_jax import data, methods
 from ffl_jax.errors import CheckpointError, ConfigError
-from ffl_jax.experiment import Experiment, run_record
+from ffl_jax.methods import subnetworks
 from ffl_jax.models import NETWORKS
 from ffl_jax.models.densenet import DenseNet
 from ffl_jax.models.googlenet import GoogLeNet
 from ffl_jax.models.resnet import ResNet
 from ffl_jax.models.resnet_cifar import ResNetCifar
 from ffl_jax.models.wide_resnet import WideResNet
+from ffl_jax.pytorch import reading
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import steps
+from ffl_jax.training.experiment import Experiment, run_record
+from ffl_jax.workdir import checkpoint, outputs
 
 _LISTED = 5
 _LEAVES = {
@@ -69,7 +73,7 @@ def load(source: str, paths: Sequence[str | Path], state: str = "", network: str
       CheckpointError: a file is missing, damaged, or holds other entries than the network has.
       ConfigError: a setting is wrong, or PyTorch is needed and not there.
     """
-    found = pytorch_files.state_dicts(paths, state)
+    found = reading.state_dicts(paths, state)
     return {"ffl-pytorch": _load_ffl, "ffsd": _load_ffsd}[source](found, network)
 
 
@@ -126,10 +130,8 @@ def _configured(config, weights):
 
 def _load_ffl(found, network):
     """FFL: a shared trunk, K branches "layer3_k" and heads "classfier3_k" (so spelt), and a fusion module."""
-    where, net = pytorch_files.pick(
-        found, "network of FFL (with classfier3_1.weight)", r"classfier3_1\.weight"
-    )
-    fusion_where, fusion = pytorch_files.pick(
+    where, net = reading.pick(found, "network of FFL (with classfier3_1.weight)", r"classfier3_1\.weight")
+    fusion_where, fusion = reading.pick(
         found,
         "fusion module of FFL (with conv1_1.weight and fc2.weight); the released code writes it to a file of "
         "its own, a second --input",
@@ -160,7 +162,7 @@ def _ffl_name(path, k):
 
 def _load_ffsd(found, network):
     """FFSD: one student, or a leader, whose trans-fusion module is left out."""
-    where, entries = pytorch_files.pick(
+    where, entries = reading.pick(
         found, "network of FFSD (with fc.weight or linear.weight)", r"(fc|linear)\.weight"
     )
     left_out = tuple(name for name in entries if name.startswith("trans_fusion_module."))

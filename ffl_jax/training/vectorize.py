@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffl_jax import backend, outputs, parallel, processes, steps
-from ffl_jax import config as config_lib
-from ffl_jax.paths import cache_directory
+from ffl_jax.devices import backend, parallel, processes
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import steps
+from ffl_jax.workdir import outputs
+from ffl_jax.workdir.paths import cache_directory
 
 _MODES = {"loop": False, "vmap": True}
 _BLOCKS, _BLOCK_SECONDS = 5, 0.3  # that a step is timed in

@@ -15,7 +15,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from ffl_jax import backend
+from ffl_jax.devices import backend
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Of the operands of one matrix product in `_kernel_gradient`, in bytes: what stays in a core's cache.

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ffl_jax import parallel
+from ffl_jax.devices import parallel
 from ffl_jax.errors import ConfigError
 from ffl_jax.models import NETWORKS, Network, NetworkOutputs
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from ffl_jax import backend, steps
 from ffl_jax.data import Split
+from ffl_jax.devices import backend
+from ffl_jax.training import steps
 
 
 def prediction_costs(method, params, model_state, image_shape) -> dict[str, dict[str, int]]:

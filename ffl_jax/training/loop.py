@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ffl_jax import backend, checkpoint, cost, data, execution, outputs, preemption, processes, steps
-from ffl_jax import config as config_lib
-from ffl_jax import parallel as parallel_lib
+from ffl_jax import data
+from ffl_jax.devices import backend, preemption, processes
+from ffl_jax.devices import parallel as parallel_lib
 from ffl_jax.errors import CheckpointError, NonFiniteError, ResourceError
-from ffl_jax.evaluation import Evaluator, Sweep
-from ffl_jax.experiment import Experiment, resolve
-from ffl_jax.progress import Pace, Progress
-from ffl_jax.run import Run, joint_summary, tell
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import cost, steps, vectorize
+from ffl_jax.training.experiment import Experiment, resolve
+from ffl_jax.training.run import Run, joint_summary, tell
+from ffl_jax.training.scoring import Evaluator, Sweep
+from ffl_jax.workdir import checkpoint, outputs
+from ffl_jax.workdir.progress import Pace, Progress
 
 _SHOWN = 32  # images of a training batch
 
@@ -68,7 +71,7 @@ class _Training:
         self.total_steps = self.runs[0].total_steps
         parallel.check_networks(self.experiment.method.subnetworks)
         processes.check_same(self.experiment.identity())
-        execution.settle(self.experiment, parallel)
+        vectorize.settle(self.experiment, parallel)
 
     def train(self) -> dict:
         step = processes.value_of_first(self.newest_step)

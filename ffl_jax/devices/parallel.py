@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ffl_jax import backend
+from ffl_jax.devices import backend
 from ffl_jax.errors import ConfigError
 
 _DATA, _SEED, _SUBNETWORK = "data", "seed", "subnetwork"

@@ -1,0 +1,1 @@
+"""What comes from PyTorch: published weights."""

@@ -1,0 +1,1 @@
+"""What a run leaves behind, and what is read back: checkpoints, logs, curves. Light on imports."""
