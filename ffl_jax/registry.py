@@ -12,6 +12,12 @@ def nearest(name: str, known) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}."
 
 
+def check_choice(key: str, value: str, known):
+    """Raises ConfigError that lists the known ones, unless `value` of a setting is one of `known`."""
+    if value not in known:
+        raise ConfigError(f"{key} must be one of {', '.join(known)}, got {value!r}.")
+
+
 class Registry(dict):
     """Maps a lower-case name to what builds the thing."""
 

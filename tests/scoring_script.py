@@ -28,6 +28,7 @@ class Linear(nn.Module):
     def __call__(self, images, train):
         flat = images.reshape(len(images), -1)
         logits = [nn.Dense(4, name=f"head_{k}")(flat) for k in range(self.num)]
+        self.sow("intermediates", "feature_maps", [images] * self.num)
         return [NetworkOutputs(z, flat, (images,)) for z in logits]
 
 

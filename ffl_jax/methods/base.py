@@ -1,7 +1,10 @@
 """The interface of a method of online distillation."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,46 @@ from ffl_jax.models import Network
 from ffl_jax.registry import Registry
 
 METHODS = Registry("method")
+# What a term says: how far a prediction is from the labels, or from what another one says.
+LABELS, KNOWLEDGE = "labels", "knowledge"
+# What a prediction is: of one plain network, of several by their mean, by a trained module, of a teacher.
+NETWORK, ENSEMBLE, FUSED, TEACHER = "network", "ensemble", "fused", "teacher"
+
+
+@flax.struct.dataclass
+class Term:
+    """A number of one step, for the log: curves and alarms are drawn from what it says it is.
+
+    Attributes:
+      value: scalar.
+      kind: LABELS or KNOWLEDGE, in nats per example; empty for what is logged alone, such as a weight.
+      learner: the prediction that learns by it; empty for none.
+    """
+
+    value: jax.Array
+    kind: str = flax.struct.field(pytree_node=False, default="")
+    learner: str = flax.struct.field(pytree_node=False, default="")
+
+
+def terms(
+    family: str, learners: Sequence[str], values: Sequence[jax.Array], kind: str = ""
+) -> dict[str, Term]:
+    """{"family/learner": its `Term`} of one loss that several predictions have: values are scalars."""
+    pairs = zip(learners, values, strict=True)
+    return {f"{family}/{learner}": Term(value, kind, learner) for learner, value in pairs}
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What a prediction is.
+
+    Attributes:
+      kind: NETWORK, ENSEMBLE, FUSED or TEACHER.
+      network: of a NETWORK, which of the K sub-networks has its form.
+    """
+
+    kind: str
+    network: int | None = None
 
 
 class Method(nn.Module):
@@ -30,6 +73,7 @@ class Method(nn.Module):
         matches in full; a path that no objective matches is frozen.
       headline: the prediction that is reported first and shipped by default (`deploy` in `summary.json`).
       views: whether every sub-network sees an augmentation of its own in training.
+      averages: collections of the model state that hold averages of this method's variables, by their names.
       num: the least and the most sub-networks that it can do with; None knows no limit.
       shares_trunk: whether copies of one network share all but their last stage unless a configuration says
         otherwise.
@@ -43,6 +87,7 @@ class Method(nn.Module):
     trains: ClassVar[dict[str, str]] = {"loss": ".*"}
     headline: ClassVar[str] = "sub_0"
     views: ClassVar[bool] = False
+    averages: ClassVar[tuple[str, ...]] = ()
     num: ClassVar[tuple[int, int | None]] = (2, None)
     shares_trunk: ClassVar[bool] = False
     needs_trunk: ClassVar[str] = ""
@@ -64,7 +109,7 @@ class Method(nn.Module):
     def check(self):
         """Raises ConfigError where the sub-networks or a hyper-parameter do not suit the method."""
         least, most = self.num
-        num, shared = self.subnetworks.num, getattr(self.subnetworks, "shared_stages", 0)
+        num, shared = self.subnetworks.num, self.subnetworks.shared_stages
         if isinstance(self.subnetworks, Mixed) and num > 1 and self.refuses_mixed:
             raise ConfigError(
                 f"{type(self).__name__} does not mix different networks: {self.refuses_mixed}; name one "
@@ -102,8 +147,8 @@ class Method(nn.Module):
 
     def objectives(
         self, outputs: dict[str, jax.Array], labels: jax.Array, epoch: jax.Array
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Pure. Returns ({objective: scalar}, {term: scalar to log}); objectives are the keys of `trains`.
+    ) -> tuple[dict[str, jax.Array], dict[str, Term]]:
+        """Pure. Returns ({objective: scalar}, {name: `Term`}); objectives are the keys of `trains`.
 
         Args:
           outputs: what `__call__` returned.
@@ -117,6 +162,11 @@ class Method(nn.Module):
         logits = outputs["logits"]
         predictions = dict(zip(self.subnetwork_names(), logits, strict=True))
         return predictions | ({"ensemble": logits.mean(axis=0)} if len(logits) > 1 else {})
+
+    def roles(self) -> dict[str, Role]:
+        """What each of `predictions` is: {prediction: role}."""
+        roles = {name: Role(NETWORK, k) for k, name in enumerate(self.subnetwork_names())}
+        return roles | ({"ensemble": Role(ENSEMBLE)} if len(roles) > 1 else {})
 
     def subnetwork_names(self) -> tuple[str, ...]:
         """Names of the K sub-networks in order."""
@@ -132,6 +182,15 @@ class Method(nn.Module):
         joint = {kind: tree["subnetworks"] for kind, tree in variables.items() if "subnetworks" in tree}
         return self.subnetworks.member(k), self.subnetworks.extract(joint, k)
 
+    def parameter_mask(self, variables: dict) -> dict:
+        """A tree like `variables` that says of each leaf whether it is a parameter, or an average of one."""
+        return {
+            kind: self.parameter_mask(tree)
+            if kind in self.averages
+            else jax.tree.map(lambda _, kind=kind: kind == "params", tree)
+            for kind, tree in variables.items()
+        }
+
     def after_step(self, params: dict, model_state: dict, step: jax.Array) -> dict:
         """Pure. The model state to keep after a step: for averages of the parameters.
 
@@ -141,6 +200,11 @@ class Method(nn.Module):
           step: int scalar, finished steps before this one.
         """
         return model_state
+
+    @property
+    def num_views(self) -> int:
+        """Views of each image in training; 0 for one that all sub-networks see."""
+        return self.subnetworks.num if self.views else 0
 
     @property
     def uses_validation(self) -> bool:
@@ -184,6 +248,10 @@ class OfflineMethod(Method):
         if self.teachers.num > 1:
             predictions["teacher_ensemble"] = jnp.stack(outputs["teacher_logits"]).mean(axis=0)
         return predictions
+
+    def roles(self):
+        roles = {"student": Role(NETWORK, 0)} | {name: Role(TEACHER) for name in self.teacher_names()}
+        return roles | ({"teacher_ensemble": Role(TEACHER)} if self.teachers.num > 1 else {})
 
     def subnetwork_names(self):
         return ("student",)

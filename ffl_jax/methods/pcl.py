@@ -46,6 +46,7 @@ class PCL(Method):
 
     headline = "ema_0"
     views = True
+    averages = ("ema",)
     shares_trunk = True
     needs_trunk = "its peers are branches of one network"
     refuses_mixed = "its peers are branches of one network"

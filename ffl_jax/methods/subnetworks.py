@@ -1,5 +1,7 @@
 """The K networks that train together: copies of one network, or different networks side by side."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,8 @@ class Stacked(nn.Module):
     shared_stages: int = 0
     vectorize: bool = False
     remat: bool = False
+
+    are_copies: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,10 +97,10 @@ class Stacked(nn.Module):
             outputs = parallel.from_subnetworks(outputs if self.vectorize else _stack(outputs))
         if self.vectorize or spread:
             outputs = [_pick(outputs, k) for k in range(self.num)]
-        if trunk_map is None:
-            return tuple(outputs)
-        maps = trunk_map if views else [trunk_map] * self.num
-        return tuple(output.replace(trunk_map=x) for output, x in zip(outputs, maps, strict=True))
+        if trunk_map is not None:
+            maps = trunk_map if views else [trunk_map] * self.num
+            outputs = [output.replace(trunk_map=x) for output, x in zip(outputs, maps, strict=True)]
+        return _shown(self, tuple(outputs))
 
     def member(self, k: int) -> Network:
         """Sub-network k as a plain network."""
@@ -120,6 +124,10 @@ class Mixed(nn.Module):
     networks: tuple[Network, ...]
     remat: bool = False
 
+    shared_stages: ClassVar[int] = 0
+    vectorize: ClassVar[bool] = False
+    are_copies: ClassVar[bool] = False
+
     @property
     def num(self) -> int:
         return len(self.networks)
@@ -127,9 +135,10 @@ class Mixed(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> tuple[NetworkOutputs, ...]:
         """[B, H, W, 3], or a view for each [K, B, H, W, 3] -> the outputs of the K sub-networks, in order."""
         views = images if images.ndim == 5 else [images] * self.num
-        return tuple(
+        outputs = tuple(
             _run(network, view, train, self.remat) for network, view in zip(self.networks, views, strict=True)
         )
+        return _shown(self, outputs)
 
     def member(self, k: int) -> Network:
         """Sub-network k as a plain network."""
@@ -144,6 +153,12 @@ def _run(network, x, train, remat):
     if not remat:
         return network(x, train)
     return nn.remat(lambda network, x: network(x, train))(network, x)
+
+
+def _shown(module, outputs):
+    """The outputs; whoever makes the collection "intermediates" mutable finds their feature maps there."""
+    module.sow("intermediates", "feature_maps", [output.feature_map for output in outputs])
+    return outputs
 
 
 def _pick(tree, k):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ffl_jax.devices import parallel
+from ffl_jax.methods.base import Term
 from ffl_jax.training import metrics
 
 PRECISIONS = ("float32", "bfloat16")
@@ -54,7 +55,7 @@ def apply(method, variables, images, precision: str = "float32", **options):
     """`method.apply`, computed in one of `PRECISIONS` from float32 variables.
 
     In bfloat16 networks and modules see parameters and images of that type. Batch statistics are taken and
-    kept in float32, averages of parameters (trees called "params" in the model state) are kept so, and losses
+    kept in float32, averages of parameters are kept so, and losses
     see float32 outputs. No loss is scaled: bfloat16 has the range of float32.
 
     Args:
@@ -62,7 +63,7 @@ def apply(method, variables, images, precision: str = "float32", **options):
       variables: {"params": …, kind of model state: …}.
       images: [B, H, W, 3], or one view for each sub-network [K, B, H, W, 3].
       precision: see above.
-      **options: of `method.apply`: `train`, `mutable`, `rngs`, `capture_intermediates`.
+      **options: of `method.apply`: `train`, `mutable`, `rngs`.
 
     Returns:
       What `method.apply` does: the outputs, and, if `mutable` is given, the new model state beside them.
@@ -73,19 +74,20 @@ def apply(method, variables, images, precision: str = "float32", **options):
     def cast(x, dtype=precision):
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    def is_parameter(path):
-        return jax.tree_util.DictKey("params") in path
-
-    seen = jax.tree_util.tree_map_with_path(lambda path, x: cast(x) if is_parameter(path) else x, variables)
+    is_parameter = method.parameter_mask(variables)
+    seen = jax.tree.map(lambda yes, x: cast(x) if yes else x, is_parameter, variables)
     result = method.apply(seen, cast(images), **options)
     if "mutable" not in options:
         return jax.tree.map(functools.partial(cast, dtype="float32"), result)
     outputs, new = result
-    new = jax.tree_util.tree_map_with_path(
-        lambda path, new, old: old if is_parameter(path) else new,
-        new,
-        {kind: variables.get(kind, tree) for kind, tree in new.items()},
-    )
+    new = {
+        kind: jax.tree.map(
+            lambda yes, new, old: old if yes else new, is_parameter[kind], tree, variables[kind]
+        )
+        if kind in variables
+        else tree
+        for kind, tree in new.items()
+    }
     return jax.tree.map(functools.partial(cast, dtype="float32"), outputs), new
 
 
@@ -104,7 +106,9 @@ def zero_record(method, params, model_state, image_shape):
 
 def step_record(method, terms, outputs, labels):
     """What one step adds to the record, joined over the devices."""
-    terms = parallel.mean(terms)
+    terms = parallel.mean(
+        {name: term.value if isinstance(term, Term) else term for name, term in terms.items()}
+    )
     finite = jnp.array([jnp.isfinite(value) for value in terms.values()]).all()
     return {
         "steps": jnp.int32(1),
@@ -238,25 +242,20 @@ def eval_step(
       there is one alone.
     """
 
-    def subnetworks(module, function):
-        return module.path == ("subnetworks",) and function == "__call__"
-
-    outputs, calls = apply(
+    outputs, seen = apply(
         method,
         variables,
         batch["image"],
         precision,
         train=False,
         mutable=["intermediates"],
-        capture_intermediates=subnetworks,
     )
     sums = {
         "predictions": prediction_sums(method, outputs, batch["label"], batch["weight"]),
         "diversity": {},
     }
     if method.subnetworks.num > 1:
-        peers = calls["intermediates"]["subnetworks"]["__call__"][0]
-        maps = [peer.feature_map for peer in peers]
+        (maps,) = seen["intermediates"]["subnetworks"]["feature_maps"]
         sums["diversity"] = parallel.sum(metrics.diversity_sums(outputs["logits"], maps, batch["weight"]))
     return sums
 
