@@ -40,9 +40,10 @@ def sigmoid_rampup(epoch: jax.Array, rampup_epochs: float) -> jax.Array:
     return jnp.exp(-5.0 * (1.0 - progress) ** 2)
 
 
-def other_networks(num: int) -> np.ndarray:
-    """The indices of all networks but k, for each k: int [K, K - 1]."""
-    return np.array([[other for other in range(num) if other != k] for k in range(num)])
+def of_others(logits: jax.Array) -> jax.Array:
+    """For each network, those of all the others, in order: [K, ...] -> [K, K - 1, ...]."""
+    num = len(logits)
+    return logits[np.array([[other for other in range(num) if other != k] for k in range(num)])]
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

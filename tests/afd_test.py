@@ -14,6 +14,7 @@ from configs import common
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS, build
 from ffl_jax.methods.afd import Discriminator, Transfer
+from ffl_jax.methods.base import logged
 from ffl_jax.methods.subnetworks import build as build_subnetworks
 
 AFD = METHODS["afd"]
@@ -35,7 +36,9 @@ def objectives(logits, scores=(0.5, 0.5, 0.5), **settings):
         for name, value in zip(names, scores, strict=True)
     }
     outputs |= {"logits": jnp.asarray(logits), "similarity": jnp.full((num, batch), 0.25)}
-    return make_method(num=num, **settings).objectives(outputs, jnp.asarray(LABELS), jnp.float32(7))
+    method = make_method(num=num, **settings)
+    scalars, terms = method.objectives(outputs, jnp.asarray(LABELS), jnp.float32(7))
+    return scalars, logged(terms)
 
 
 def logit_losses_in_numpy(logits):
@@ -256,6 +259,7 @@ def test_everything_that_a_training_pass_computes(kind, side):
             return outputs, state, peers, method.objectives(outputs, labels, 0.0)
 
         outputs, state, peers, (scalars, terms) = jax.device_get(run(variables))
+    terms = logged(terms)
     params, statistics = variables["params"], variables["batch_stats"]
     maps = [peer.feature_map for peer in peers]
     maps[1] = (sum(maps[1][:, i::2, j::2] for i, j in np.ndindex(2, 2))) / 4
@@ -325,7 +329,7 @@ def test_which_gradient_reaches_what(kind):
 
     def terms(params):
         outputs, _ = method.apply(variables | {"params": params}, images, True, mutable=["batch_stats"])
-        _, terms = method.objectives(outputs, labels, jnp.float32(0))
+        terms = logged(method.objectives(outputs, labels, jnp.float32(0))[1])
         return {name: terms[name] for name in names}
 
     for name, gradient in term_gradients(terms, variables["params"]).items():
@@ -423,7 +427,7 @@ def test_equal_networks_have_nothing_to_learn_from_one_another():
     @jax.jit
     def run(variables):
         outputs, _ = method.apply(variables, images, True, mutable=["batch_stats"])
-        return method.objectives(outputs, labels, jnp.float32(0))[1]
+        return logged(method.objectives(outputs, labels, jnp.float32(0))[1])
 
     terms = run({kind: equal(tree) for kind, tree in variables.items()})
     for k in range(2):
@@ -447,7 +451,7 @@ def test_dead_networks_give_finite_numbers():
     def run(params):
         outputs, _ = method.apply(variables | {"params": params}, images, True, mutable=["batch_stats"])
         scalars, terms = method.objectives(outputs, labels, jnp.float32(0))
-        return sum(scalars.values()), terms
+        return sum(scalars.values()), logged(terms)
 
     (_, terms), gradient = run(variables["params"])
     chex.assert_tree_all_finite((terms, gradient))

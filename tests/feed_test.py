@@ -14,6 +14,7 @@ from reference import first_state
 from configs import cifar10, cifar100, common
 from ffl_jax import methods
 from ffl_jax.errors import ConfigError
+from ffl_jax.methods.base import logged
 from ffl_jax.methods.feed import Paraphraser, Translator, feature_distance
 from ffl_jax.training import steps
 
@@ -46,7 +47,8 @@ def objectives(translated, targets, logits=((2.0, 1, 0), (0, 0.5, 1.5)), labels=
         "translated": tuple(translated),
         "targets": tuple(targets),
     }
-    return method.objectives(outputs, jnp.asarray(labels), jnp.float32(3))
+    scalars, terms = method.objectives(outputs, jnp.asarray(labels), jnp.float32(3))
+    return scalars, logged(terms)
 
 
 # -- the distance --------------------------------------------------------------------------------------------
@@ -239,7 +241,8 @@ def loss_and_terms(method, params, statistics, images):
     outputs, _ = method.apply(
         {"params": params, "batch_stats": statistics}, images, train=True, mutable=["batch_stats"]
     )
-    return method.objectives(outputs, jnp.arange(BATCH) % 3, jnp.float32(0))
+    scalars, terms = method.objectives(outputs, jnp.arange(BATCH) % 3, jnp.float32(0))
+    return scalars, logged(terms)
 
 
 def term_gradients(method, params, statistics, images):
@@ -312,7 +315,7 @@ def test_terms_of_a_pass():
         )
         unit = [y / np.sqrt((y**2).sum(axis=(1, 2, 3), keepdims=True)) for y in (x, target)]
         expected = 500 * np.abs(unit[0] - unit[1]).mean()
-        np.testing.assert_allclose(terms[f"distillation/teacher_{i}"], expected, rtol=1e-4)
+        np.testing.assert_allclose(terms[f"distillation/teacher_{i}"].value, expected, rtol=1e-4)
 
 
 def test_factors_take_the_place_of_maps():
@@ -329,9 +332,9 @@ def test_factors_take_the_place_of_maps():
         one = make_method("tiny", target="factor", reconstruction=how)
         scalars, terms = one.objectives(outputs, jnp.arange(BATCH) % 3, jnp.float32(0))
         np.testing.assert_allclose(scalars["paraphraser"], expected, rtol=1e-5)
-        np.testing.assert_allclose(terms["reconstruction/teacher_0"], expected, rtol=1e-5)
+        np.testing.assert_allclose(terms["reconstruction/teacher_0"].value, expected, rtol=1e-5)
         distance = 500 * feature_distance(outputs["translated"][0], factor).mean()
-        np.testing.assert_allclose(terms["distillation/teacher_0"], distance, rtol=1e-5)
+        np.testing.assert_allclose(terms["distillation/teacher_0"].value, distance, rtol=1e-5)
 
 
 def test_teachers_change_places_with_their_translators():

@@ -14,7 +14,7 @@ from sklearn import datasets
 from configs import digits
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS, build
-from ffl_jax.methods.ffl import KD_MODES
+from ffl_jax.methods.base import logged
 from ffl_jax.methods.subnetworks import build as build_subnetworks
 from ffl_jax.training import metrics, optimizers, steps
 
@@ -37,7 +37,8 @@ def make_method(num=2, network="resnet8", classes=3, shared_stages=2, vectorize=
 def objectives(logits, fused, epoch=1.0, **settings):
     method = make_method(len(logits), rampup_epochs=HALF_WAY, **settings)
     outputs = {"logits": jnp.float32(logits), "fused_logits": jnp.float32(fused)}
-    return method.objectives(outputs, jnp.asarray(LABELS), jnp.float32(epoch))
+    scalars, terms = method.objectives(outputs, jnp.asarray(LABELS), jnp.float32(epoch))
+    return scalars, logged(terms)
 
 
 def test_loss_of_two():
@@ -85,7 +86,7 @@ def test_teachers_get_no_gradient_from_their_learners():
     np.testing.assert_array_equal(reached, np.eye(3, dtype=bool))  # every learner, and nobody else
 
 
-@pytest.mark.parametrize("kd_mode", KD_MODES)
+@pytest.mark.parametrize("kd_mode", FFL.choices["kd_mode"])
 def test_kd_mode_keeps_its_terms(kd_mode):
     scalars, terms = objectives(LOGITS[:2], FUSED, kd_mode=kd_mode)
     kept = {
@@ -183,7 +184,8 @@ def loss_and_terms(method, params, statistics, images, labels):
     outputs, _ = method.apply(
         {"params": params, "batch_stats": statistics}, images, train=True, mutable=["batch_stats"]
     )
-    return method.objectives(outputs, labels, jnp.float32(0))
+    scalars, terms = method.objectives(outputs, labels, jnp.float32(0))
+    return scalars, logged(terms)
 
 
 def make_batch(classes, side=8, count=6):

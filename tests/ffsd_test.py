@@ -14,6 +14,7 @@ from configs import common
 from ffl_jax import methods
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import unit
+from ffl_jax.methods.base import logged
 from ffl_jax.methods.ffsd import Decoder, TransFusionHead, attention, distance, shift
 from ffl_jax.methods.modules import FusionModule
 from ffl_jax.methods.subnetworks import Stacked, build
@@ -224,8 +225,9 @@ def test_terms_and_loss(settings):
     w = np.exp(-5 * (1 - 2 / 5) ** 2)  # the second epoch of five
     loss = reference_loss(terms, w, w if settings.get("warmup_kd") else 1.0, PUBLISHED | settings)
     with jax.enable_x64(True):
-        actual = jax.jit(make_method(4, **settings).objectives)(outputs, jnp.asarray(labels), 1.9)
-    chex.assert_trees_all_close(actual, ({"loss": loss}, terms | {"warmup": w}), rtol=1e-12)
+        scalars, logs = jax.jit(make_method(4, **settings).objectives)(outputs, jnp.asarray(labels), 1.9)
+    actual = scalars | logged(logs)
+    chex.assert_trees_all_close(actual, terms | {"loss": loss, "warmup": w}, rtol=1e-12)
 
 
 def test_warmup_counts_epochs_from_one():
@@ -247,7 +249,7 @@ def test_distillation_of_logits():
         outputs["logits"] = jnp.stack([*students, leader])
         outputs |= {"ensemble_logits": sum(students) / len(students), "fused_logits": fused}
         method = make_method(len(students) + 1)
-        return method.objectives(jax.tree.map(jnp.float32, outputs), jnp.array([0, 2]), 0.0)[1]
+        return logged(method.objectives(jax.tree.map(jnp.float32, outputs), jnp.array([0, 2]), 0.0)[1])
 
     @jax.jit
     def run(z):
@@ -275,7 +277,7 @@ def test_diversity():
             outputs["feature_maps"][k] = (*outputs["feature_maps"][k][:-1], late)
         outputs |= {"shifted": [shift(y)[0]], "widened_map": jnp.concatenate([x, y], axis=-1)}
         _, terms = make_method().objectives(jax.tree.map(jnp.float32, outputs), jnp.array([0]), 0.0)
-        return terms["diversity/sub_1"], terms["attention_cosine/sub_1"]
+        return terms["diversity/sub_1"].value, terms["attention_cosine/sub_1"].value
 
     (diversity, cosine), gradient = run(jnp.float32(X), jnp.float32(Y))
     # NumPy, float64.
@@ -502,7 +504,7 @@ def test_which_gradient_reaches_what():
 
     def terms(params):
         outputs, _ = method.apply(variables | {"params": params}, images, True, mutable=["batch_stats"])
-        _, terms = method.objectives(outputs, labels, jnp.float32(0))
+        terms = logged(method.objectives(outputs, labels, jnp.float32(0))[1])
         return {name: x for name, x in terms.items() if not name.startswith(("warmup", "attention_cosine"))}
 
     gradients = term_gradients(terms, variables["params"])
@@ -779,7 +781,7 @@ def test_magnitudes_of_a_new_resnet20():
         variables = method.init(jax.random.key(0), images[:1], train=False)
         outputs, _ = method.apply(variables, images, train=True, mutable=["batch_stats"])
         norms = jnp.linalg.norm(attention(outputs["feature_maps"][0][-1]), axis=(1, 2))
-        return norms, method.objectives(outputs, labels, jnp.float32(9))[1]
+        return norms, logged(method.objectives(outputs, labels, jnp.float32(9))[1])
 
     norms, terms = run()
     assert 15 < norms.mean() < 25

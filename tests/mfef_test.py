@@ -13,6 +13,7 @@ from reference import check_reach, first_state, term_gradients
 from configs import common
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS, build
+from ffl_jax.methods.base import logged
 from ffl_jax.methods.mfef import DualAttention, MultiScaleExtraction
 from ffl_jax.methods.subnetworks import build as build_subnetworks
 
@@ -35,7 +36,8 @@ def objectives(logits, fused, epoch=80.0, distances=None, **settings):
     if distances is not None:
         outputs["feature_distance"] = jnp.float32(distances)
     method = make_method(num=len(logits), **settings)
-    return method.objectives(outputs, jnp.asarray(LABELS), jnp.float32(epoch))
+    scalars, terms = method.objectives(outputs, jnp.asarray(LABELS), jnp.float32(epoch))
+    return scalars, logged(terms)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +358,7 @@ def test_everything_that_a_training_pass_computes(extraction, reconstruction, ea
     np.testing.assert_allclose(outputs["fused_logits"], fused, rtol=1e-9)
     for k, peer in enumerate(peers):
         distance = ((energy(peer.feature_map, 2) - energy(fused_map, 2)) ** 2).sum(-1)
-        np.testing.assert_allclose(terms[f"feature/sub_{k}"], distance.mean(), rtol=1e-9)
+        np.testing.assert_allclose(terms[f"feature/sub_{k}"].value, distance.mean(), rtol=1e-9)
         assert distance.mean() > 1e-3
 
 
@@ -395,7 +397,7 @@ def test_which_gradient_reaches_what(kind):
 
     def terms(params):
         outputs, _ = method.apply(variables | {"params": params}, images, True, mutable=["batch_stats"])
-        _, terms = method.objectives(outputs, labels, jnp.float32(0))
+        terms = logged(method.objectives(outputs, labels, jnp.float32(0))[1])
         return {name: terms[name] for name in names}
 
     for name, gradient in term_gradients(terms, variables["params"]).items():
@@ -434,7 +436,7 @@ def test_symmetries():
         def run(variables):
             outputs, _ = method.apply(variables, images, True, mutable=["batch_stats"])
             scalars, terms = method.objectives(outputs, labels, jnp.float32(80))
-            return outputs["fused_logits"], scalars, terms
+            return outputs["fused_logits"], scalars, logged(terms)
 
         fused, scalars, terms = run(variables)
         swapped_fused, swapped_scalars, swapped = run({kind: swap(tree) for kind, tree in variables.items()})

@@ -14,7 +14,8 @@ from reference import check_reach, first_state, slopes, softmax, term_gradients
 from configs import cifar100, common, imagenet
 from ffl_jax import methods
 from ffl_jax.errors import ConfigError
-from ffl_jax.methods.okddip import TARGET_GRADS, OKDDip, PeerAttention
+from ffl_jax.methods.base import logged
+from ffl_jax.methods.okddip import OKDDip, PeerAttention
 from ffl_jax.methods.subnetworks import build as build_subnetworks
 from ffl_jax.training import steps
 from ffl_jax.training.cost import prediction_costs
@@ -54,14 +55,16 @@ def mixtures(logits, attention):
 
 def objectives(logits, attention, epoch=80.0, **settings):
     outputs = {"logits": logits, "ensemble_logits": logits[:-1].mean(axis=0), "attention": attention}
-    return make_method(len(logits), **settings).objectives(outputs, jnp.asarray(LABELS), jnp.float32(epoch))
+    method = make_method(len(logits), **settings)
+    scalars, terms = method.objectives(outputs, jnp.asarray(LABELS), jnp.float32(epoch))
+    return scalars, logged(terms)
 
 
 def test_mixtures_by_hand():
     np.testing.assert_allclose(mixtures(LOGITS, ATTENTION), TARGETS, rtol=1e-12)
 
 
-@pytest.mark.parametrize("target_grad", TARGET_GRADS)
+@pytest.mark.parametrize("target_grad", OKDDip.choices["target_grad"])
 @pytest.mark.parametrize(
     ("epoch", "settings", "temperature", "weight"),
     [  # exp(-5 (1 - e / 80)^2) is 0.006738 at 0 and 0.286505 at 40.
@@ -86,7 +89,7 @@ def test_loss(target_grad, epoch, settings, temperature, weight):
     np.testing.assert_allclose(scalars["loss"], ce.sum() + weight * kd.sum(), atol=1e-5)
 
 
-@pytest.mark.parametrize("target_grad", TARGET_GRADS)
+@pytest.mark.parametrize("target_grad", OKDDip.choices["target_grad"])
 def test_gradient_of_the_loss(target_grad):
     """By central differences of the loss in NumPy, with those copies held that a target is cut from."""
 
@@ -201,7 +204,8 @@ def reached_parts(term, target_grad, subs):
 
 
 @pytest.mark.parametrize(
-    ("kind", "target_grad"), [("trunk, vmapped", mode) for mode in TARGET_GRADS] + [("separate", "full")]
+    ("kind", "target_grad"),
+    [("trunk, vmapped", mode) for mode in OKDDip.choices["target_grad"]] + [("separate", "full")],
 )
 def test_which_gradient_reaches_what(kind, target_grad):
     method, batch = make_method(target_grad=target_grad, **KINDS[kind]), make_batch()
@@ -212,7 +216,7 @@ def test_which_gradient_reaches_what(kind, target_grad):
 
     def terms(params):
         outputs = run(method, params, model_state, batch["image"])
-        terms = method.objectives(outputs, batch["label"], jnp.float32(0))[1]
+        terms = logged(method.objectives(outputs, batch["label"], jnp.float32(0))[1])
         return {name: terms[name] for name in names}
 
     for term, gradient in term_gradients(terms, params).items():
@@ -308,7 +312,7 @@ def test_what_its_predictions_cost():
     """The leader is one network; the ensemble needs neither the projections nor the leader."""
     method = make_method(4, shared_stages=0)
     params, state = jax.eval_shape(lambda: steps.init_variables(method, jax.random.key(0), (8, 8, 3)))
-    costs = prediction_costs(method, params, state, (8, 8, 3))
+    costs = prediction_costs(method, {"params": params, **state}, (8, 8, 3))
     # Tiny: 3x3 convolutions 3 -> 4 -> 8 -> 16, norms, and a head of 3 classes.
     assert costs["leader"]["parameters"] == 9 * (12 + 32 + 128) + 2 * (4 + 8 + 16) + 16 * 3 + 3
     assert costs["ensemble"]["parameters"] == 3 * costs["leader"]["parameters"]

@@ -14,6 +14,7 @@ from reference import check_reach, first_state, slopes, softmax, term_gradients
 from configs import cifar100, common
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
+from ffl_jax.methods.base import logged
 from ffl_jax.methods.subnetworks import Stacked
 from ffl_jax.methods.subnetworks import build as build_subnetworks
 from ffl_jax.models import Network
@@ -49,7 +50,7 @@ def evaluate(epoch=100.0, **settings):
     @functools.partial(jax.grad, has_aux=True)
     def gradient(outputs):
         scalars, terms = method.objectives(outputs, LABELS, jnp.float32(epoch))
-        return scalars["loss"], (scalars, terms)
+        return scalars["loss"], (scalars, logged(terms))
 
     by_outputs, (scalars, terms) = gradient(jax.tree.map(jnp.float32, OUTPUTS))
     return scalars, terms, by_outputs
@@ -122,7 +123,7 @@ def test_which_gradient_reaches_what(vectorize):
         params, ema = both
         state = {"batch_stats": variables["batch_stats"], "ema": {**variables["ema"], "params": ema}}
         outputs, _ = method.apply({"params": params, **state}, images, train=True, mutable=list(state))
-        terms = method.objectives(outputs, labels, jnp.float32(100))[1]
+        terms = logged(method.objectives(outputs, labels, jnp.float32(100))[1])
         return {name: terms[name] for name in names}
 
     gradients = term_gradients(terms, (variables["params"], variables["ema"]["params"]))
@@ -265,10 +266,10 @@ def test_parameters_of_predictions():
     trunk = 9 * (3 * 4 + 4 * 8) + 2 * (4 + 8)
     branch, head, ensemble_head = 9 * 8 * 16 + 2 * 16, 16 * 4 + 4, 48 * 4 + 4
     method = make_method()
-    variables = jax.eval_shape(
+    params, state = jax.eval_shape(
         functools.partial(steps.init_variables, method, image_shape=(8, 8, 3)), jax.random.key(0)
     )
-    actual = cost.prediction_costs(method, *variables, (8, 8, 3))
+    actual = cost.prediction_costs(method, {"params": params, **state}, (8, 8, 3))
     for name in method.network_names():
         assert actual[name]["parameters"] == trunk + branch + head, name
     assert actual["ensemble"]["parameters"] == trunk + 3 * (branch + head)

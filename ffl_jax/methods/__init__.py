@@ -19,7 +19,7 @@ from ffl_jax.methods import pcl as pcl
 from ffl_jax.methods import subnetworks
 from ffl_jax.methods.base import METHODS, Method
 from ffl_jax.models import NETWORKS
-from ffl_jax.registry import nearest
+from ffl_jax.registry import check_choice, nearest
 
 __all__ = ["METHODS", "Method", "build", "hyper_parameters", "takes_teachers"]
 
@@ -57,10 +57,7 @@ def build(config, num_classes: int) -> Method:
         )
     networks = dict(config.subnetworks)
     execution = networks.pop("execution")
-    if execution not in EXECUTIONS:
-        raise ConfigError(
-            f"config.subnetworks.execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}."
-        )
+    check_choice("config.subnetworks.execution", execution, EXECUTIONS)
     networks = subnetworks.build(num_classes=num_classes, vectorize=execution == "vmap", **networks)
     method = METHODS[name](networks, num_classes, **settings)
     method.check()

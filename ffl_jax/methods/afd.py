@@ -9,12 +9,10 @@ from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence
-from ffl_jax.methods.base import METHODS, Method
-from ffl_jax.methods.modules import adaptive_average_pool
+from ffl_jax.methods.base import KNOWLEDGE, LABELS, METHODS, Method, terms
+from ffl_jax.methods.modules import pool_to_smallest
 from ffl_jax.models.base import batch_norm, conv
 from ffl_jax.models.convolutions import Conv
-
-DISCRIMINATORS = ("image", "patch")
 
 
 @METHODS.register("afd")
@@ -51,6 +49,7 @@ class AFD(Method):
     discriminator: str = "image"
     slope: float = 0.01
 
+    choices: ClassVar = {"discriminator": ("image", "patch")}
     trains: ClassVar[dict[str, str]] = {
         "logit": "subnetworks/.*",
         "feature": "subnetworks/(?!.*/head/).*|transfers_.*",
@@ -66,14 +65,6 @@ class AFD(Method):
             recipe["epochs"] = 90
         return recipe | {"optimizer_rules": (("(feature|discriminator)/.*", adam),)}
 
-    def check(self):
-        super().check()
-        if self.discriminator not in DISCRIMINATORS:
-            raise ConfigError(
-                f"method.discriminator must be one of {', '.join(DISCRIMINATORS)}, got "
-                f"{self.discriminator!r}."
-            )
-
     def setup(self):
         num = self.subnetworks.num
         self.transfers = [Transfer() for _ in range(num)]
@@ -81,7 +72,9 @@ class AFD(Method):
 
     def __call__(self, images, train):
         peers = self.subnetworks(images, train)
-        maps = self._comparable_maps([peer.feature_map for peer in peers], train)
+        maps = pool_to_smallest([peer.feature_map for peer in peers])
+        features = max(x.shape[-1] for x in maps)
+        maps = [transfer(x, features, train) for transfer, x in zip(self.transfers, maps, strict=True)]
         scores = {"real_scores": [], "fake_scores": [], "adversarial_scores": []}
         for k, discriminator in enumerate(self.discriminators):
             # Each batch is normalised by itself; running statistics take in the real one first.
@@ -92,39 +85,25 @@ class AFD(Method):
         outputs["similarity"] = jnp.stack([_cosine(x, maps[k - 1]) for k, x in enumerate(maps)])
         return outputs | {"logits": jnp.stack([peer.logits for peer in peers])}
 
-    def _comparable_maps(self, maps, train):
-        """K maps [B, H_k, W_k, D_k] -> K maps [B, H, W, D] of the least resolution and the most channels."""
-        height, width = (min(x.shape[axis] for x in maps) for axis in (1, 2))
-        maps = [adaptive_average_pool(x, height, width) for x in maps]
-        features = max(x.shape[-1] for x in maps)
-        return [transfer(x, features, train) for transfer, x in zip(self.transfers, maps, strict=True)]
-
     def objectives(self, outputs, labels, epoch):
         logits = outputs["logits"]
         before = stop_gradient(jnp.roll(logits, 1, axis=0))
         real, fake = outputs["real_scores"], outputs["fake_scores"]  # [K, B, P]
-        per_network = {
-            "cross_entropy": cross_entropy(logits, labels).mean(-1),
-            "distillation": kl_divergence(logits, before, self.temperature).mean(-1),
-            "adversarial": ((1 - outputs["adversarial_scores"]) ** 2).mean((1, 2)),
-            "discrimination": ((1 - real) ** 2 + fake**2).mean((1, 2)),
-            # To watch: both scores should leave 0.5 and not stay at 1 and 0; the maps should stay unequal.
-            "real_score": real.mean((1, 2)),
-            "fake_score": fake.mean((1, 2)),
-            "similarity": outputs["similarity"].mean(-1),
-        }
+        ce = cross_entropy(logits, labels).mean(-1)
+        kd = kl_divergence(logits, before, self.temperature).mean(-1)
+        adversarial = ((1 - outputs["adversarial_scores"]) ** 2).mean((1, 2))
+        discrimination = ((1 - real) ** 2 + fake**2).mean((1, 2))
         objectives = {
-            "logit": (per_network["cross_entropy"] + per_network["distillation"]).sum(),
-            "feature": per_network["adversarial"].sum(),
-            "discriminator": per_network["discrimination"].sum(),
+            "logit": (ce + kd).sum(),
+            "feature": adversarial.sum(),
+            "discriminator": discrimination.sum(),
         }
         names = self.subnetwork_names()
-        terms = {
-            f"{term}/{name}": value
-            for term, values in per_network.items()
-            for name, value in zip(names, values, strict=True)
-        }
-        return objectives, terms
+        logs = terms("cross_entropy", names, ce, LABELS) | terms("distillation", names, kd, KNOWLEDGE)
+        logs |= terms("adversarial", names, adversarial) | terms("discrimination", names, discrimination)
+        # To watch: both scores should leave 0.5 and not stay at 1 and 0; the maps should stay unequal.
+        logs |= terms("real_score", names, real.mean((1, 2))) | terms("fake_score", names, fake.mean((1, 2)))
+        return objectives, logs | terms("similarity", names, outputs["similarity"].mean(-1))
 
 
 class Discriminator(nn.Module):
@@ -153,10 +132,8 @@ class Discriminator(nn.Module):
             )
         features = max(1, channels // 2)
         kernel, stride, padding = ((2, 2), 1, 0) if is_patch else ((3, 3), 2, 1)
-        initializer = nn.initializers.he_normal()
-        x = Conv(features, kernel, stride, padding, use_bias=is_patch, kernel_init=initializer, name="conv1")(
-            x
-        )
+        options = {"use_bias": is_patch, "kernel_init": nn.initializers.he_normal()}
+        x = Conv(features, kernel, stride, padding, name="conv1", **options)(x)
         x = nn.leaky_relu(batch_norm(train, name="norm")(x), self.slope)
         kernel, stride = ((2, 2), 2) if is_patch else (x.shape[1:3], 1)
         x = Conv(1, kernel, stride, padding=0, name="conv2")(x)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods.subnetworks import Mixed
 from ffl_jax.models import Network
-from ffl_jax.registry import Registry
+from ffl_jax.registry import Registry, check_choice
 
 METHODS = Registry("method")
 # What a term says: how far a prediction is from the labels, or from what another one says.
@@ -27,7 +27,7 @@ class Term:
 
     Attributes:
       value: scalar.
-      kind: LABELS or KNOWLEDGE, in nats per example; empty for what is logged alone, such as a weight.
+      kind: LABELS or KNOWLEDGE, in nats per example; empty for what is neither, such as a weight.
       learner: the prediction that learns by it; empty for none.
     """
 
@@ -42,6 +42,11 @@ def terms(
     """{"family/learner": its `Term`} of one loss that several predictions have: values are scalars."""
     pairs = zip(learners, values, strict=True)
     return {f"{family}/{learner}": Term(value, kind, learner) for learner, value in pairs}
+
+
+def logged(terms: dict[str, Term | jax.Array]) -> dict[str, jax.Array]:
+    """{name: scalar} of what `objectives` logs."""
+    return {name: term.value if isinstance(term, Term) else term for name, term in terms.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Method(nn.Module):
       trains: objective -> regex over "/"-joined parameter paths. Its gradient moves only the paths that it
         matches in full; a path that no objective matches is frozen.
       headline: the prediction that is reported first and shipped by default (`deploy` in `summary.json`).
+      fuses: whether a trained module joins the sub-networks; its prediction is called `fused`.
+      choices: hyper-parameter -> the values that it can take, for those that are names.
       views: whether every sub-network sees an augmentation of its own in training.
       averages: collections of the model state that hold averages of this method's variables, by their names.
       num: the least and the most sub-networks that it can do with; None knows no limit.
@@ -86,6 +93,8 @@ class Method(nn.Module):
 
     trains: ClassVar[dict[str, str]] = {"loss": ".*"}
     headline: ClassVar[str] = "sub_0"
+    fuses: ClassVar[bool] = False
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     views: ClassVar[bool] = False
     averages: ClassVar[tuple[str, ...]] = ()
     num: ClassVar[tuple[int, int | None]] = (2, None)
@@ -132,23 +141,28 @@ class Method(nn.Module):
                 f"{type(self).__name__} shares no trunk: {self.refuses_trunk}; set "
                 f"config.subnetworks.shared_stages=0, got {shared}."
             )
+        for key, known in self.choices.items():
+            check_choice(f"method.{key}", getattr(self, key), known)
 
     def __call__(self, images: jax.Array, train: bool) -> dict[str, jax.Array]:
-        """Runs every network and module once.
+        """Runs every network and module once; here, where there is no module, the sub-networks.
 
         Args:
           images: [B, H, W, 3], normalised; in training [K, B, H, W, 3] where the method asks for `views`.
           train: use and update batch statistics. Variables are created with False: run every module in both.
 
         Returns:
-          Named arrays: `logits` [K, B, C] and whatever the functions below read.
+          Named arrays: `logits` [K, B, C]; `fused_logits` [B, C] if the method `fuses`; `ensemble_logits`
+          [B, C] if the ensemble is not the mean of all `logits`; and whatever the functions below read.
         """
-        raise NotImplementedError
+        return {"logits": jnp.stack([peer.logits for peer in self.subnetworks(images, train)])}
 
     def objectives(
         self, outputs: dict[str, jax.Array], labels: jax.Array, epoch: jax.Array
-    ) -> tuple[dict[str, jax.Array], dict[str, Term]]:
-        """Pure. Returns ({objective: scalar}, {name: `Term`}); objectives are the keys of `trains`.
+    ) -> tuple[dict[str, jax.Array], dict[str, Term | jax.Array]]:
+        """Pure. Returns ({objective: scalar}, {name: `Term` or scalar}); objectives are the keys of `trains`.
+
+        The second is for the log. What has no kind and no learner may be a bare scalar.
 
         Args:
           outputs: what `__call__` returned.
@@ -161,12 +175,16 @@ class Method(nn.Module):
         """Pure. Returns {prediction: logits [B, C]}; evaluation scores each under its name."""
         logits = outputs["logits"]
         predictions = dict(zip(self.subnetwork_names(), logits, strict=True))
-        return predictions | ({"ensemble": logits.mean(axis=0)} if len(logits) > 1 else {})
+        if len(predictions) > 1:
+            predictions["ensemble"] = outputs.get("ensemble_logits", logits.mean(axis=0))
+        return predictions | ({"fused": outputs["fused_logits"]} if self.fuses else {})
 
     def roles(self) -> dict[str, Role]:
-        """What each of `predictions` is: {prediction: role}."""
+        """What each of `predictions` is, in the same order: {prediction: role}."""
         roles = {name: Role(NETWORK, k) for k, name in enumerate(self.subnetwork_names())}
-        return roles | ({"ensemble": Role(ENSEMBLE)} if len(roles) > 1 else {})
+        if len(roles) > 1:
+            roles["ensemble"] = Role(ENSEMBLE)
+        return roles | ({"fused": Role(FUSED)} if self.fuses else {})
 
     def subnetwork_names(self) -> tuple[str, ...]:
         """Names of the K sub-networks in order."""
@@ -174,11 +192,11 @@ class Method(nn.Module):
 
     def network_names(self) -> tuple[str, ...]:
         """The predictions that are one plain network, which `extract` takes out."""
-        return self.subnetwork_names()
+        return tuple(name for name, role in self.roles().items() if role.kind == NETWORK)
 
     def extract(self, variables: dict, name: str) -> tuple[Network, dict]:
         """(network, its variables) of one of `network_names`, out of the variables of this method."""
-        k = self.subnetwork_names().index(name)
+        k = self.roles()[name].network
         joint = {kind: tree["subnetworks"] for kind, tree in variables.items() if "subnetworks" in tree}
         return self.subnetworks.member(k), self.subnetworks.extract(joint, k)
 
@@ -243,15 +261,16 @@ class OfflineMethod(Method):
     refuses_mixed = "it trains one student, and config.teachers.network names the teachers' networks"
 
     def predictions(self, outputs):
-        predictions = {"student": outputs["logits"][0]}
-        predictions |= dict(zip(self.teacher_names(), outputs["teacher_logits"], strict=True))
-        if self.teachers.num > 1:
-            predictions["teacher_ensemble"] = jnp.stack(outputs["teacher_logits"]).mean(axis=0)
-        return predictions
+        logits = outputs["teacher_logits"]
+        teachers = dict(zip(self.teacher_names(), logits, strict=True))
+        if len(logits) > 1:
+            teachers["teacher_ensemble"] = jnp.stack(logits).mean(axis=0)
+        return super().predictions(outputs) | teachers
 
     def roles(self):
-        roles = {"student": Role(NETWORK, 0)} | {name: Role(TEACHER) for name in self.teacher_names()}
-        return roles | ({"teacher_ensemble": Role(TEACHER)} if self.teachers.num > 1 else {})
+        names = self.teacher_names()
+        teachers = names if len(names) == 1 else (*names, "teacher_ensemble")
+        return super().roles() | dict.fromkeys(teachers, Role(TEACHER))
 
     def subnetwork_names(self):
         return ("student",)

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from ffl_jax.losses import cross_entropy, kl_divergence, other_networks, sigmoid_rampup
-from ffl_jax.methods.base import METHODS, Method
+from ffl_jax.losses import cross_entropy, kl_divergence, of_others, sigmoid_rampup
+from ffl_jax.methods.base import KNOWLEDGE, LABELS, METHODS, Method, terms
 
 
 @METHODS.register("cl_ilr")
@@ -37,14 +37,8 @@ class CLILR(Method):
 
     @classmethod
     def recipe(cls, data):
-        recipe = {"subnetworks.num": 4}
-        if data == "imagenet":
-            return recipe
-        return recipe | {
-            "optimizer.weight_decay": 5e-4,
-            "optimizer.schedule": "cosine",
-            "data.pad_mode": "zero",
-        }
+        small = {"optimizer.weight_decay": 5e-4, "optimizer.schedule": "cosine", "data.pad_mode": "zero"}
+        return {"subnetworks.num": 4} | ({} if data == "imagenet" else small)
 
     def __call__(self, images, train):
         heads = self.subnetworks(images, train, trunk_gradient=1 / self.subnetworks.num)
@@ -53,11 +47,10 @@ class CLILR(Method):
     def objectives(self, outputs, labels, epoch):
         logits = outputs["logits"]
         ce = cross_entropy(logits, labels).mean(-1)
-        target = stop_gradient(logits)[other_networks(len(logits))].mean(axis=1)
+        target = of_others(stop_gradient(logits)).mean(axis=1)
         kd = kl_divergence(logits, target, self.temperature).mean(-1)
         weight = self.distillation_weight * sigmoid_rampup(jnp.floor(epoch), self.rampup_epochs)
         names = self.subnetwork_names()
-        terms = {f"cross_entropy/{name}": x for name, x in zip(names, ce, strict=True)}
-        terms |= {f"distillation/{name}": x for name, x in zip(names, kd, strict=True)}
+        logs = terms("cross_entropy", names, ce, LABELS) | terms("distillation", names, kd, KNOWLEDGE)
         loss = self.cross_entropy_weight * ce.sum() + weight * kd.sum()
-        return {"loss": loss}, terms | {"distillation_weight": weight}
+        return {"loss": loss}, logs | {"distillation_weight": weight}

@@ -1,16 +1,13 @@
 """Deep mutual learning: Zhang, Xiang, Hospedales and Lu, CVPR 2018, arXiv 1706.00384."""
 
 import math
+from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from ffl_jax.errors import ConfigError
-from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence, other_networks
-from ffl_jax.methods.base import METHODS, Method
-
-VARIANTS = ("pairwise", "mean_probabilities", "mean_logits")
+from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence, of_others
+from ffl_jax.methods.base import ENSEMBLE, KNOWLEDGE, LABELS, METHODS, Method, Role, terms
 
 
 @METHODS.register("dml")
@@ -40,24 +37,18 @@ class DML(Method):
     temperature: float = 1.0
     normalize: bool = True
 
+    choices: ClassVar = {"variant": ("pairwise", "mean_probabilities", "mean_logits")}
+
     @classmethod
     def recipe(cls, data):
         if data == "imagenet":
             return {}
         return {"epochs": 200, "batch_size": 64, "optimizer.decay_epochs": (60, 120, 180)}
 
-    def check(self):
-        super().check()
-        if self.variant not in VARIANTS:
-            raise ConfigError(f"method.variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}.")
-
-    def __call__(self, images, train):
-        return {"logits": jnp.stack([peer.logits for peer in self.subnetworks(images, train)])}
-
     def objectives(self, outputs, labels, epoch):
         logits = outputs["logits"]
         ce = cross_entropy(logits, labels).mean(-1)
-        others = stop_gradient(logits)[other_networks(len(logits))]  # [K, K - 1, B, C]
+        others = of_others(stop_gradient(logits))  # [K, K - 1, B, C]
         if self.variant == "pairwise":
             kd = kl_divergence(logits[:, None], others, self.temperature).mean(-1).sum(axis=1)
             kd = kd / (len(logits) - 1) if self.normalize else kd
@@ -67,13 +58,15 @@ class DML(Method):
                 target = mean_probability_logits(others, self.temperature)
             kd = kl_divergence(logits, target, self.temperature).mean(-1)
         names = self.subnetwork_names()
-        terms = {f"cross_entropy/{name}": x for name, x in zip(names, ce, strict=True)}
-        terms |= {f"distillation/{name}": x for name, x in zip(names, kd, strict=True)}
-        return {"loss": ce.sum() + kd.sum()}, terms
+        logs = terms("cross_entropy", names, ce, LABELS) | terms("distillation", names, kd, KNOWLEDGE)
+        return {"loss": ce.sum() + kd.sum()}, logs
 
     def predictions(self, outputs):
         mean = mean_probability_logits(outputs["logits"], temperature=1.0)
         return super().predictions(outputs) | {"probability_ensemble": mean}
+
+    def roles(self):
+        return super().roles() | {"probability_ensemble": Role(ENSEMBLE)}
 
 
 def mean_probability_logits(logits: jax.Array, temperature: float) -> jax.Array:

@@ -1,5 +1,7 @@
 """Feature-level ensemble knowledge distillation: Park and Kwak, ECAI 2020, arXiv 1909.10754."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,12 +9,10 @@ from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import at_least_float32, cross_entropy, unit
-from ffl_jax.methods.base import METHODS, OfflineMethod
-from ffl_jax.methods.modules import adaptive_average_pool
+from ffl_jax.methods.base import KNOWLEDGE, LABELS, METHODS, OfflineMethod, terms
+from ffl_jax.methods.modules import pool_to_smallest
 from ffl_jax.models.base import uniform
 from ffl_jax.models.convolutions import Conv
-
-CHOICES = {"target": ("map", "factor"), "reduction": ("mean", "sum"), "reconstruction": ("l1", "l2")}
 
 
 @METHODS.register("feed")
@@ -57,6 +57,12 @@ class FEED(OfflineMethod):
     reconstruction: str = "l1"
     shared_translator: bool = False
 
+    choices: ClassVar = {
+        "target": ("map", "factor"),
+        "reduction": ("mean", "sum"),
+        "reconstruction": ("l1", "l2"),
+    }
+
     @property
     def trains(self):
         trains = {"loss": "subnetworks/.*|translators_.*"}
@@ -68,11 +74,6 @@ class FEED(OfflineMethod):
 
     def check(self):
         super().check()
-        for key, known in CHOICES.items():
-            if getattr(self, key) not in known:
-                raise ConfigError(
-                    f"method.{key} must be one of {', '.join(known)}, got {getattr(self, key)!r}."
-                )
         if not 0 < self.factor_rate <= 1:
             raise ConfigError(f"method.factor_rate must be above 0 and at most 1, got {self.factor_rate}.")
 
@@ -110,16 +111,15 @@ class FEED(OfflineMethod):
 
     def objectives(self, outputs, labels, epoch):
         # Stopped for the factors: the student must not pull the paraphrasers towards what is easy.
-        pairs = zip(outputs["translated"], map(stop_gradient, outputs["targets"]), strict=True)
+        targets = stop_gradient(outputs["targets"])
         feed = [
             self.weight * feature_distance(translated, target, self.reduction).mean()
-            for translated, target in pairs
+            for translated, target in zip(outputs["translated"], targets, strict=True)
         ]
         ce = cross_entropy(outputs["logits"][0], labels).mean()
-        objectives = {"loss": ce + sum(feed)}
-        names = self.teacher_names()
-        terms = {"cross_entropy/student": ce}
-        terms |= {f"distillation/{name}": x for name, x in zip(names, feed, strict=True)}
+        objectives, names = {"loss": ce + sum(feed)}, self.teacher_names()
+        logs = terms("cross_entropy", ["student"], [ce], LABELS)
+        logs |= terms("distillation", names, feed, KNOWLEDGE)
         if self.target == "factor":
             power = {"l1": 1, "l2": 2}[self.reconstruction]
             errors = [
@@ -127,8 +127,8 @@ class FEED(OfflineMethod):
                 for x, target in zip(outputs["reconstructions"], outputs["teacher_maps"], strict=True)
             ]
             objectives["paraphraser"] = sum(errors)
-            terms |= {f"reconstruction/{name}": x for name, x in zip(names, errors, strict=True)}
-        return objectives, terms
+            logs |= terms("reconstruction", names, errors)
+        return objectives, logs
 
 
 class Translator(nn.Module):
@@ -175,10 +175,7 @@ def feature_distance(x: jax.Array, target: jax.Array, reduction: str = "mean") -
       x, target: the maps.
       reduction: "mean" or "sum" over height, width and channels.
     """
-    height, width = (min(x.shape[axis], target.shape[axis]) for axis in (1, 2))
-    x, target = (
-        y if y.shape[1:3] == (height, width) else adaptive_average_pool(y, height, width) for y in (x, target)
-    )
+    x, target = pool_to_smallest([x, target])
     difference = _abs_difference(unit(x), unit(target))
     return getattr(difference, reduction)(axis=(1, 2, 3))
 

@@ -1,14 +1,13 @@
 """Feature Fusion Learning: "Feature Fusion for Online Mutual Knowledge Distillation", Kim et al., 2019."""
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from ffl_jax.errors import ConfigError
 from ffl_jax.losses import cross_entropy, kl_divergence, sigmoid_rampup
-from ffl_jax.methods.base import METHODS, Method
+from ffl_jax.methods.base import KNOWLEDGE, LABELS, METHODS, Method, terms
 from ffl_jax.methods.modules import FusionModule
-
-KD_MODES = ("mkd", "ens2fused", "fused2sub", "none")
 
 
 @METHODS.register("ffl")
@@ -34,16 +33,13 @@ class FFL(Method):
     smoothing: float = 1e-7
     fusion_features: int = 0
 
+    fuses = True
+    choices: ClassVar = {"kd_mode": ("mkd", "ens2fused", "fused2sub", "none")}
     shares_trunk = True
 
     @classmethod
     def recipe(cls, data):
         return {"optimizer_rules": (("loss/fusion/.*", {"weight_decay": 1e-5}),)}
-
-    def check(self):
-        super().check()
-        if self.kd_mode not in KD_MODES:
-            raise ConfigError(f"method.kd_mode must be one of {', '.join(KD_MODES)}, got {self.kd_mode!r}.")
 
     def setup(self):
         self.fusion = FusionModule(self.num_classes, self.fusion_features)
@@ -55,25 +51,30 @@ class FFL(Method):
         return {"logits": jnp.stack([peer.logits for peer in peers]), "fused_logits": fused_logits}
 
     def objectives(self, outputs, labels, epoch):
-        logits, fused_logits = outputs["logits"], outputs["fused_logits"]
-        ensemble_logits = logits.mean(axis=0)
-
-        def distill(learner, teacher):
-            return kl_divergence(learner, stop_gradient(teacher), self.temperature, self.smoothing).mean(-1)
-
-        ce, fused_ce = cross_entropy(logits, labels).mean(-1), cross_entropy(fused_logits, labels).mean()
-        kd, fused_kd = distill(logits, fused_logits), distill(fused_logits, ensemble_logits)
-        if self.kd_mode in ("ens2fused", "none"):
-            kd = jnp.zeros_like(kd)
-        if self.kd_mode in ("fused2sub", "none"):
-            fused_kd = jnp.zeros_like(fused_kd)
+        to_fused, to_networks = (self.kd_mode in ("mkd", mode) for mode in ("ens2fused", "fused2sub"))
+        ce, kd, logs = mutual_losses(self, outputs, labels, self.smoothing, to_fused, to_networks)
         weight = sigmoid_rampup(jnp.floor(epoch), self.rampup_epochs)
-        loss = ce.sum() + fused_ce + weight * (kd.sum() + fused_kd)
+        return {"loss": ce + weight * kd}, logs | {"distillation_weight": weight}
 
-        names = (*self.subnetwork_names(), "fused")
-        terms = {f"cross_entropy/{name}": x for name, x in zip(names, (*ce, fused_ce), strict=True)}
-        terms |= {f"distillation/{name}": x for name, x in zip(names, (*kd, fused_kd), strict=True)}
-        return {"loss": loss}, terms | {"distillation_weight": weight}
 
-    def predictions(self, outputs):
-        return super().predictions(outputs) | {"fused": outputs["fused_logits"]}
+def mutual_losses(method, outputs, labels, smoothing=0.0, to_fused=True, to_networks=True):
+    """FFL's (sum of all CE, sum of all KL, their terms) for a method that `fuses`, at its temperature.
+
+    Args:
+      outputs, labels: as for `Method.objectives`.
+      smoothing: as in `FFL`.
+      to_fused, to_networks: False makes the KL of the fused classifier, or of the sub-networks, zero.
+    """
+    logits, fused_logits = outputs["logits"], outputs["fused_logits"]
+
+    def distill(learner, teacher):
+        return kl_divergence(learner, stop_gradient(teacher), method.temperature, smoothing).mean(-1)
+
+    ce, fused_ce = cross_entropy(logits, labels).mean(-1), cross_entropy(fused_logits, labels).mean()
+    kd, fused_kd = distill(logits, fused_logits), distill(fused_logits, logits.mean(axis=0))
+    kd = kd if to_networks else jnp.zeros_like(kd)
+    fused_kd = fused_kd if to_fused else jnp.zeros_like(fused_kd)
+    names = (*method.subnetwork_names(), "fused")
+    logs = terms("cross_entropy", names, (*ce, fused_ce), LABELS)
+    logs |= terms("distillation", names, (*kd, fused_kd), KNOWLEDGE)
+    return ce.sum() + fused_ce, kd.sum() + fused_kd, logs

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -11,12 +12,10 @@ from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence, l2_norm, sigmoid_rampup, unit
-from ffl_jax.methods.base import METHODS, Method
+from ffl_jax.methods.base import KNOWLEDGE, LABELS, METHODS, Method, terms
 from ffl_jax.methods.modules import FusionModule, separable_conv
 from ffl_jax.models.base import batch_norm, uniform
 from ffl_jax.models.convolutions import ConvTranspose
-
-SHIFT_REFS = ("code", "unit", "max")
 
 
 @METHODS.register("ffsd")
@@ -77,6 +76,8 @@ class FFSD(Method):
     warmup_epochs: float = 5.0
     warmup_kd: bool = False
 
+    fuses = True
+    choices: ClassVar = {"shift_ref": ("code", "unit", "max")}
     headline = "leader"
     num = (3, None)
     refuses_trunk = "its leader and students are separate networks"
@@ -99,13 +100,6 @@ class FFSD(Method):
             }
         rules = (("loss/fusion/.*", {"weight_decay": 1e-5}), ("loss/decoders_.*", decoder))
         return recipe | {"optimizer_rules": rules}
-
-    def check(self):
-        super().check()
-        if self.shift_ref not in SHIFT_REFS:
-            raise ConfigError(
-                f"method.shift_ref must be one of {', '.join(SHIFT_REFS)}, got {self.shift_ref!r}."
-            )
 
     def subnetwork_names(self):
         return (*super().subnetwork_names()[:-1], "leader")
@@ -150,70 +144,64 @@ class FFSD(Method):
 
     def objectives(self, outputs, labels, epoch):
         warmup = sigmoid_rampup(jnp.floor(epoch) + 1, self.warmup_epochs)
-        # {term: (value of every example [B], weight)}
-        weighted = self._logit_terms(outputs, labels, warmup) | self._map_terms(outputs, warmup)
-        terms = {name: value.mean() for name, (value, _) in weighted.items()}
-        loss = sum(weight * terms[name] for name, (_, weight) in weighted.items())
+        loss, logs = 0, {}
+        for losses in (self._logit_losses(outputs, labels, warmup), self._map_losses(outputs, warmup)):
+            for kind, family, learner, values, weight in losses:
+                mean = values.mean()
+                loss += weight * mean
+                logs |= terms(family, [learner], [mean], kind)
         *students, _ = (unit(attention(maps[-1])) for maps in outputs["feature_maps"])
-        for name, x, previous in zip(self.subnetwork_names()[1:-1], students[1:], students[:-1], strict=True):
-            terms[f"attention_cosine/{name}"] = (x * previous).sum(axis=(1, 2)).mean()
-        return {"loss": loss}, terms | {"warmup": warmup}
+        pairs = zip(students[1:], students[:-1], strict=True)
+        cosines = [(x * previous).sum(axis=(1, 2)).mean() for x, previous in pairs]
+        logs |= terms("attention_cosine", self.subnetwork_names()[1:-1], cosines)
+        return {"loss": loss}, logs | {"warmup": warmup}
 
-    def _logit_terms(self, outputs, labels, warmup):
+    def _logit_losses(self, outputs, labels, warmup):
+        """Yields (kind, name, learner, values of the examples [B], weight) of each loss on logits."""
         *students, leader = outputs["logits"]
-        fused = outputs["fused_logits"]
-        *student_names, _ = self.subnetwork_names()
+        fused, names = outputs["fused_logits"], self.subnetwork_names()
         kd = warmup if self.warmup_kd else 1.0
 
         def distill(learner, teacher):
             return kl_divergence(learner, stop_gradient(teacher), self.temperature)
 
-        terms = {}
-        for name, logits in zip((*student_names, "leader", "fused"), (*students, leader, fused), strict=True):
-            terms[f"cross_entropy/{name}"] = cross_entropy(logits, labels), 1.0
-        for k, name in enumerate(student_names):
-            others = [distill(students[k], other) for j, other in enumerate(students) if j != k]
-            terms[f"distillation/{name}"] = sum(others) / len(others), kd * self.logit_weight
-        terms["distillation/leader"] = distill(leader, fused), kd * self.ensemble_weight
-        terms["distillation/fused"] = distill(fused, outputs["ensemble_logits"]), kd * self.ensemble_weight
-        return terms
+        for name, logits in zip((*names, "fused"), (*students, leader, fused), strict=True):
+            yield LABELS, "cross_entropy", name, cross_entropy(logits, labels), 1.0
+        for k, (name, student) in enumerate(zip(names[:-1], students, strict=True)):
+            others = [distill(student, other) for j, other in enumerate(students) if j != k]
+            yield KNOWLEDGE, "distillation", name, sum(others) / len(others), kd * self.logit_weight
+        by_ensemble = {"leader": distill(leader, fused), "fused": distill(fused, outputs["ensemble_logits"])}
+        for name, values in by_ensemble.items():
+            yield KNOWLEDGE, "distillation", name, values, kd * self.ensemble_weight
 
-    def _map_terms(self, outputs, warmup):
+    def _map_losses(self, outputs, warmup):
+        """Yields the same of each loss on feature maps."""
         names, maps = self.subnetwork_names(), outputs["feature_maps"]
-        terms = {}
         for name, own, target in zip(names[1:-1], maps[1:-1], outputs["shifted"], strict=True):
             diversity = jnp.square(unit(attention(own[-1])) - target).mean(axis=(1, 2))
-            terms[f"diversity/{name}"] = diversity, warmup * self.diversity_weight
+            yield "", "diversity", name, diversity, warmup * self.diversity_weight
 
         def compare(ours, theirs):
             return sum(distance(x, stop_gradient(y)) for x, y in zip(ours, theirs, strict=True))
 
-        for name, (*own, _), imitated, decoded in zip(
+        for name, (*own, _), *made in zip(
             names[1:], maps[1:], outputs["imitated"], outputs["decoded"], strict=True
         ):
+            attentions, imitated, decoded = ([attention(x) for x in stages] for stages in (own, *made))
             weight = self.leader_imitation_weight if name == "leader" else self.student_imitation_weight
-            own_attentions, imitated, decoded_attentions = (
-                [attention(x) for x in stages] for stages in (own, imitated, decoded)
-            )
-            terms[f"imitation/{name}"] = compare(own_attentions, imitated), warmup * weight
-            features = compare(decoded, own), warmup * self.decoder_feature_weight
-            attentions = compare(decoded_attentions, own_attentions), warmup * self.decoder_attention_weight
-            terms |= {f"decoder_feature/{name}": features, f"decoder_attention/{name}": attentions}
+            yield "", "imitation", name, compare(attentions, imitated), warmup * weight
+            features, weight = compare(made[1], own), warmup * self.decoder_feature_weight
+            yield "", "decoder_feature", name, features, weight
+            weight = warmup * self.decoder_attention_weight
+            yield "", "decoder_attention", name, compare(decoded, attentions), weight
 
         *student_maps, leader_map = (stages[-1] for stages in maps)
         fused = compare([attention(leader_map)], [attention(outputs["fused_map"])])
-        terms["fusion/leader"] = fused, warmup * self.fusion_weight
+        yield "", "fusion", "leader", fused, warmup * self.fusion_weight
         if self.trans_fusion:
             joint_map = jnp.concatenate(student_maps, axis=-1)
             widened = compare([attention(outputs["widened_map"])], [attention(joint_map)])
-            terms["trans_fusion/leader"] = widened, warmup * self.trans_fusion_weight
-        return terms
-
-    def predictions(self, outputs):
-        return super().predictions(outputs) | {
-            "ensemble": outputs["ensemble_logits"],
-            "fused": outputs["fused_logits"],
-        }
+            yield "", "trans_fusion", "leader", widened, warmup * self.trans_fusion_weight
 
 
 class TransFusionHead(nn.Module):

@@ -7,9 +7,7 @@ from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import cross_entropy, kl_divergence
-from ffl_jax.methods.base import METHODS, OfflineMethod
-
-VARIANTS = ("additive", "blend")
+from ffl_jax.methods.base import KNOWLEDGE, LABELS, METHODS, OfflineMethod, terms
 
 
 @METHODS.register("kd")
@@ -34,6 +32,7 @@ class KD(OfflineMethod):
     weight: float = 1.0
     temperature: float = 3.0
 
+    choices: ClassVar = {"variant": ("additive", "blend")}
     trains: ClassVar[dict[str, str]] = {"loss": "(?!teachers/).*"}
 
     @classmethod
@@ -44,8 +43,6 @@ class KD(OfflineMethod):
 
     def check(self):
         super().check()
-        if self.variant not in VARIANTS:
-            raise ConfigError(f"method.variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}.")
         if self.variant == "blend" and self.weight >= 1:
             raise ConfigError(
                 "method.variant=blend leaves the labels a share of 1 - weight: set config.method.weight "
@@ -66,5 +63,6 @@ class KD(OfflineMethod):
         ce = cross_entropy(logits, labels).mean()
         kd = kl_divergence(logits, target, self.temperature).mean()
         share = 1.0 if self.variant == "additive" else 1 - self.weight
-        terms = {"cross_entropy/student": ce, "distillation/student": kd}
-        return {"loss": share * ce + self.weight * kd}, terms
+        logs = terms("cross_entropy", ["student"], [ce], LABELS)
+        logs |= terms("distillation", ["student"], [kd], KNOWLEDGE)
+        return {"loss": share * ce + self.weight * kd}, logs

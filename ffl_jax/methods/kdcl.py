@@ -1,5 +1,7 @@
 """KDCL: "Online Knowledge Distillation via Collaborative Learning", Guo et al., CVPR 2020."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,10 +9,7 @@ from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence
-from ffl_jax.methods.base import METHODS, Method
-
-VARIANTS = ("naive", "linear", "minlogit", "general", "mean")
-MIXED = ("logits", "probabilities")
+from ffl_jax.methods.base import KNOWLEDGE, LABELS, METHODS, Method, terms
 
 
 @METHODS.register("kdcl")
@@ -38,7 +37,7 @@ class KDCL(Method):
     (shaoeric/Online-Knowledge-Distillation-via-Collaborative-Learning), for CIFAR.
 
     Attributes:
-      variant: one of `VARIANTS`.
+      variant: "naive", "linear", "minlogit", "general" or "mean", see above.
       temperature: of both sides of every KL; second-hand, not checked against the paper.
       cross_entropy_weight: c.
       distillation_weight: w; 1 is second-hand too.
@@ -59,6 +58,10 @@ class KDCL(Method):
     clip_weights: bool = False
     mix: str = "logits"
 
+    choices: ClassVar = {
+        "variant": ("naive", "linear", "minlogit", "general", "mean"),
+        "mix": ("logits", "probabilities"),
+    }
     views = True
     refuses_trunk = "each of its peers is a whole network, with a view of its own"
 
@@ -78,18 +81,13 @@ class KDCL(Method):
 
     def check(self):
         super().check()
-        for name, known in (("variant", VARIANTS), ("mix", MIXED)):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"method.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}."
-                )
         for name, value, bound in (("linear_steps", self.linear_steps, 1), ("ridge", self.ridge, 1e-6)):
             if value < bound:  # below this ridge float32 does not tell C from a singular matrix
                 raise ConfigError(f"method.{name} must be at least {bound:g}, got {value}.")
 
     @nn.compact
     def __call__(self, images, train):
-        outputs = {"logits": jnp.stack([peer.logits for peer in self.subnetworks(images, train)])}
+        outputs = super().__call__(images, train)
         if self.uses_validation:
             num = self.subnetworks.num
             weights = self.variable("validation", "weights", lambda: jnp.full(num, 1 / num))
@@ -105,13 +103,12 @@ class KDCL(Method):
         loss = self.cross_entropy_weight * ce.sum() + self.distillation_weight * kd.sum()
 
         names = self.subnetwork_names()
-        terms = {f"cross_entropy/{name}": x for name, x in zip(names, ce, strict=True)}
-        terms["cross_entropy/target"] = cross_entropy(target, labels).mean()
-        terms |= {f"distillation/{name}": x for name, x in zip(names, kd, strict=True)}
+        target_ce = cross_entropy(target, labels).mean()
+        logs = terms("cross_entropy", (*names, "target"), (*ce, target_ce), LABELS)
+        logs |= terms("distillation", names, kd, KNOWLEDGE)
         if "weights" in outputs:
-            weights = outputs["weights"]
-            terms |= {f"target_weight/{name}": x for name, x in zip(names, weights, strict=True)}
-        return {"loss": loss}, terms
+            logs |= terms("target_weight", names, outputs["weights"])
+        return {"loss": loss}, logs
 
     def _target(self, outputs, labels):
         logits = at_least_float32(outputs["logits"])

@@ -1,17 +1,18 @@
 """Multi-scale feature extraction and fusion: Zou, Teng and Niu, ICANN 2022, arXiv 2206.08224."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence, sigmoid_rampup
-from ffl_jax.methods.base import METHODS, Method
-from ffl_jax.methods.modules import FusionModule, adaptive_average_pool
+from ffl_jax.losses import at_least_float32, sigmoid_rampup
+from ffl_jax.methods.base import METHODS, Method, terms
+from ffl_jax.methods.ffl import mutual_losses
+from ffl_jax.methods.modules import FusionModule, adaptive_average_pool, pool_to_smallest
 from ffl_jax.models.base import batch_norm, conv
-
-EXTRACTIONS = ("res2net", "parallel", "none")
 
 
 @METHODS.register("mfef")
@@ -61,16 +62,15 @@ class MFEF(Method):
     early_fusion: bool = False
     reconstruction: bool = False
 
+    fuses = True
+    choices: ClassVar = {"extraction": ("res2net", "parallel", "none")}
+
     @classmethod
     def recipe(cls, data):
         return {"optimizer_rules": (("loss/(?!subnetworks/).*", {"weight_decay": 1e-5}),)}
 
     def check(self):
         super().check()
-        if self.extraction not in EXTRACTIONS:
-            raise ConfigError(
-                f"method.extraction must be one of {', '.join(EXTRACTIONS)}, got {self.extraction!r}."
-            )
         for field in ("groups", "attention_reduction"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"method.{field} must be at least 1, got {getattr(self, field)}.")
@@ -95,11 +95,11 @@ class MFEF(Method):
     def __call__(self, images, train):
         peers = self.subnetworks(images, train)
         # Not stopped: the fused classifier's losses train the sub-networks' feature maps too.
-        maps = [self._process(k, peer, train) for k, peer in enumerate(peers)]
-        height, width = (min(x.shape[axis] for x in maps) for axis in (1, 2))
-        fused_logits, fused_map = self.fusion([adaptive_average_pool(x, height, width) for x in maps], train)
+        maps = pool_to_smallest([self._process(k, peer, train) for k, peer in enumerate(peers)])
+        fused_logits, fused_map = self.fusion(maps, train)
         outputs = {"logits": jnp.stack([peer.logits for peer in peers]), "fused_logits": fused_logits}
         if self.feat_loss_weight:
+            _, height, width, _ = fused_map.shape
             target = _spatial_energy(stop_gradient(fused_map), height, width)
             energies = jnp.stack([_spatial_energy(peer.feature_map, height, width) for peer in peers])
             outputs["feature_distance"] = ((energies - target) ** 2).sum((-1, -2))
@@ -116,32 +116,13 @@ class MFEF(Method):
         return self.attentions[k](x) if self.attention else x
 
     def objectives(self, outputs, labels, epoch):
-        logits, fused_logits = outputs["logits"], outputs["fused_logits"]
-
-        def distill(learner, teacher):
-            return kl_divergence(learner, stop_gradient(teacher), self.temperature).mean(-1)
-
-        ce, fused_ce = cross_entropy(logits, labels).mean(-1), cross_entropy(fused_logits, labels).mean()
-        kd, fused_kd = distill(logits, fused_logits), distill(fused_logits, logits.mean(axis=0))
-        if not self.ensemble_to_fused:
-            fused_kd = jnp.zeros_like(fused_kd)
-        weight = sigmoid_rampup(jnp.floor(epoch), self.rampup_epochs)
-        ramped = kd.sum() + fused_kd
-
-        names = (*self.subnetwork_names(), "fused")
-        terms = {f"cross_entropy/{name}": x for name, x in zip(names, (*ce, fused_ce), strict=True)}
-        terms |= {f"distillation/{name}": x for name, x in zip(names, (*kd, fused_kd), strict=True)}
+        ce, kd, logs = mutual_losses(self, outputs, labels, to_fused=self.ensemble_to_fused)
         if self.feat_loss_weight:
             distances = outputs["feature_distance"].mean(-1)
-            ramped += self.feat_loss_weight * distances.sum()
-            terms |= {
-                f"feature/{name}": x for name, x in zip(self.subnetwork_names(), distances, strict=True)
-            }
-        loss = ce.sum() + fused_ce + weight * ramped
-        return {"loss": loss}, terms | {"distillation_weight": weight}
-
-    def predictions(self, outputs):
-        return super().predictions(outputs) | {"fused": outputs["fused_logits"]}
+            kd += self.feat_loss_weight * distances.sum()
+            logs |= terms("feature", self.subnetwork_names(), distances)
+        weight = sigmoid_rampup(jnp.floor(epoch), self.rampup_epochs)
+        return {"loss": ce + weight * kd}, logs | {"distillation_weight": weight}
 
 
 class EarlyFusion(nn.Module):
@@ -152,9 +133,8 @@ class EarlyFusion(nn.Module):
         """[B, H, W, D] and any number of [B, H_i, W_i, D_i] -> [B, H, W, D]."""
         _, height, width, channels = x.shape
         for index, earlier in enumerate(earlier_maps):
-            projected = conv(channels, 1, name=f"conv{index + 1}")(
-                adaptive_average_pool(earlier, height, width)
-            )
+            pooled = adaptive_average_pool(earlier, height, width)
+            projected = conv(channels, 1, name=f"conv{index + 1}")(pooled)
             x = x + batch_norm(train, name=f"norm{index + 1}")(projected)
         return x
 

@@ -28,7 +28,7 @@ class FusionModule(nn.Module):
     @nn.compact
     def __call__(self, feature_maps: Sequence[jax.Array], train: bool) -> tuple[jax.Array, jax.Array]:
         """K maps [B, H_k, W_k, D_k] -> fused logits [B, C] and the fused map [B, H, W, features]."""
-        height, width = (min(x.shape[axis] for x in feature_maps) for axis in (1, 2))
+        height, width = smallest(feature_maps)
         resized = [
             ResolutionAdaptor(height, width, name=f"adaptor_{k}")(x, train)
             for k, x in enumerate(feature_maps)
@@ -69,9 +69,18 @@ class ResolutionAdaptor(nn.Module):
         return x
 
 
+def smallest(maps: Sequence[jax.Array]) -> tuple[int, int]:
+    """The least height and the least width of maps [B, H_k, W_k, D_k]."""
+    return min(x.shape[1] for x in maps), min(x.shape[2] for x in maps)
+
+
+def pool_to_smallest(maps: Sequence[jax.Array]) -> list[jax.Array]:
+    """Maps [B, H_k, W_k, D_k], each average-pooled to the `smallest` height and width."""
+    return [adaptive_average_pool(x, *smallest(maps)) for x in maps]
+
+
 def adaptive_average_pool(x: jax.Array, height: int, width: int) -> jax.Array:
     """[B, H, W, D] -> [B, height, width, D]; row i averages rows floor(iH/height) to ceil((i+1)H/height)."""
-
     if x.shape[1:3] == (height, width):
         return x
 

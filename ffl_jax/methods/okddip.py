@@ -1,16 +1,15 @@
 """Online knowledge distillation with diverse peers: Chen, Mei, Wang, Feng and Chen, AAAI 2020."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from ffl_jax.errors import ConfigError
 from ffl_jax.losses import cross_entropy, kl_divergence, sigmoid_rampup
-from ffl_jax.methods.base import METHODS, Method
+from ffl_jax.methods.base import KNOWLEDGE, LABELS, METHODS, Method, terms
 from ffl_jax.models.base import uniform
-
-TARGET_GRADS = ("full", "attention", "none")
 
 
 @METHODS.register("okddip")
@@ -41,6 +40,7 @@ class OKDDip(Method):
     distillation_weight: float = 1.0
     target_grad: str = "full"
 
+    choices: ClassVar = {"target_grad": ("full", "attention", "none")}
     headline = "leader"
     num = (3, None)
     shares_trunk = True
@@ -48,17 +48,8 @@ class OKDDip(Method):
 
     @classmethod
     def recipe(cls, data):
-        recipe = {"subnetworks.num": 4}
-        if data == "imagenet":
-            return recipe
-        return recipe | {"optimizer.weight_decay": 5e-4, "data.pad_mode": "zero"}
-
-    def check(self):
-        super().check()
-        if self.target_grad not in TARGET_GRADS:
-            raise ConfigError(
-                f"method.target_grad must be one of {', '.join(TARGET_GRADS)}, got {self.target_grad!r}."
-            )
+        small = {"optimizer.weight_decay": 5e-4, "data.pad_mode": "zero"}
+        return {"subnetworks.num": 4} | ({} if data == "imagenet" else small)
 
     def subnetwork_names(self):
         return (*super().subnetwork_names()[:-1], "leader")
@@ -90,15 +81,10 @@ class OKDDip(Method):
         kd = kl_divergence(logits, targets, self.temperature).mean(-1)
         weight = self.distillation_weight * sigmoid_rampup(jnp.floor(epoch), self.rampup_epochs)
         names = self.subnetwork_names()
-        terms = {f"cross_entropy/{name}": x for name, x in zip(names, ce, strict=True)}
-        terms |= {f"distillation/{name}": x for name, x in zip(names, kd, strict=True)}
+        logs = terms("cross_entropy", names, ce, LABELS) | terms("distillation", names, kd, KNOWLEDGE)
         # What a peer gives to itself: 1 / (K - 1) for even attention.
-        own = jnp.diagonal(outputs["attention"].mean(axis=0))
-        terms |= {f"self_attention/{name}": x for name, x in zip(names[:-1], own, strict=True)}
-        return {"loss": ce.sum() + weight * kd.sum()}, terms | {"distillation_weight": weight}
-
-    def predictions(self, outputs):
-        return super().predictions(outputs) | {"ensemble": outputs["ensemble_logits"]}
+        logs |= terms("self_attention", names[:-1], jnp.diagonal(outputs["attention"].mean(axis=0)))
+        return {"loss": ce.sum() + weight * kd.sum()}, logs | {"distillation_weight": weight}
 
 
 class PeerAttention(nn.Module):

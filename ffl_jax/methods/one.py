@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from ffl_jax.losses import cross_entropy, kl_divergence, sigmoid_rampup
-from ffl_jax.methods.base import METHODS, Method
+from ffl_jax.methods.base import KNOWLEDGE, LABELS, METHODS, Method, terms
 from ffl_jax.models.base import batch_norm, dense
 
 
@@ -30,16 +30,15 @@ class ONE(Method):
     temperature: float = 3.0
     rampup_epochs: float = 80.0
 
+    fuses = True
     shares_trunk = True
     needs_trunk = "its gate looks at the shared feature map"
     refuses_mixed = "its sub-networks are branches of one network"
 
     @classmethod
     def recipe(cls, data):
-        recipe = {"subnetworks.num": 3, "optimizer.nesterov": False}
-        if data == "imagenet":
-            return recipe
-        return recipe | {"optimizer.decay_epochs": (151, 225), "data.pad_mode": "zero"}
+        small = {"optimizer.decay_epochs": (151, 225), "data.pad_mode": "zero"}
+        return {"subnetworks.num": 3, "optimizer.nesterov": False} | ({} if data == "imagenet" else small)
 
     def setup(self):
         self.gate = Gate(self.subnetworks.num)
@@ -57,17 +56,12 @@ class ONE(Method):
         ce, fused_ce = cross_entropy(logits, labels).mean(-1), cross_entropy(fused_logits, labels).mean()
         kd = kl_divergence(logits, stop_gradient(fused_logits), self.temperature).mean(-1)
         weight = sigmoid_rampup(jnp.floor(epoch), self.rampup_epochs)
-        names = self.subnetwork_names()
-        terms = {
-            f"cross_entropy/{name}": x for name, x in zip((*names, "fused"), (*ce, fused_ce), strict=True)
-        }
-        terms |= {f"distillation/{name}": x for name, x in zip(names, kd, strict=True)}
-        terms |= {f"gate/{name}": x for name, x in zip(names, outputs["gate"].mean(axis=0), strict=True)}
         loss = ce.sum() + fused_ce + weight * kd.sum()
-        return {"loss": loss}, terms | {"distillation_weight": weight}
 
-    def predictions(self, outputs):
-        return super().predictions(outputs) | {"fused": outputs["fused_logits"]}
+        names = self.subnetwork_names()
+        logs = terms("cross_entropy", (*names, "fused"), (*ce, fused_ce), LABELS)
+        logs |= terms("distillation", names, kd, KNOWLEDGE) | terms("gate", names, outputs["gate"].mean(0))
+        return {"loss": loss}, logs | {"distillation_weight": weight}
 
 
 class Gate(nn.Module):

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.losses import cross_entropy, kl_divergence, other_networks, sigmoid_rampup
-from ffl_jax.methods.base import METHODS, Method
+from ffl_jax.losses import cross_entropy, kl_divergence, of_others, sigmoid_rampup
+from ffl_jax.methods.base import FUSED, KNOWLEDGE, LABELS, METHODS, NETWORK, Method, Role, terms
 from ffl_jax.models.base import dense
 
 
@@ -44,6 +44,7 @@ class PCL(Method):
     ema_decay: float = 0.999
     average_statistics: bool = False
 
+    fuses = True
     headline = "ema_0"
     views = True
     averages = ("ema",)
@@ -53,10 +54,8 @@ class PCL(Method):
 
     @classmethod
     def recipe(cls, data):
-        recipe = {"subnetworks.num": 3}
-        if data == "imagenet":
-            return recipe
-        return recipe | {"optimizer.weight_decay": 5e-4, "data.pad_mode": "zero"}
+        small = {"optimizer.weight_decay": 5e-4, "data.pad_mode": "zero"}
+        return {"subnetworks.num": 3} | ({} if data == "imagenet" else small)
 
     def check(self):
         super().check()
@@ -67,28 +66,27 @@ class PCL(Method):
         self.ensemble_head = EnsembleHead(self.num_classes)
 
     def __call__(self, images, train):
-        logits, fused_logits = self.classify(images, train)
+        outputs = self.classify(images, train)
         copy, variables = self.unbind()
         if self.is_initializing():
             for kind in ("params", "batch_stats"):
                 self.put_variable("ema", kind, variables[kind])
-        (ema_logits, ema_fused_logits), updates = copy.apply(
+        ema, updates = copy.apply(
             dict(self.variables["ema"]), images, train, method="classify", mutable=["batch_stats"]
         )
         if train and not self.average_statistics:
             self.put_variable("ema", "batch_stats", updates["batch_stats"])
-        ema = {"ema_logits": ema_logits, "ema_fused_logits": ema_fused_logits}
-        return {"logits": logits, "fused_logits": fused_logits} | ema
+        return outputs | {f"ema_{name}": logits for name, logits in ema.items()}
 
-    def classify(self, images: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
-        """The logits of the peers [K, B, C] and of the ensemble head [B, C]; images as for `__call__`."""
+    def classify(self, images: jax.Array, train: bool) -> dict[str, jax.Array]:
+        """The `logits` of the peers [K, B, C], and `fused_logits` [B, C]; images as for `__call__`."""
         peers = self.subnetworks(images, train)
         fused_logits = self.ensemble_head([peer.features for peer in peers])
-        return jnp.stack([peer.logits for peer in peers]), fused_logits
+        return {"logits": jnp.stack([peer.logits for peer in peers]), "fused_logits": fused_logits}
 
     def objectives(self, outputs, labels, epoch):
         logits, fused_logits = outputs["logits"], outputs["fused_logits"]
-        teachers = stop_gradient(outputs["ema_logits"])[other_networks(len(logits))]  # [K, K - 1, B, C]
+        teachers = of_others(stop_gradient(outputs["ema_logits"]))  # [K, K - 1, B, C]
 
         ce, fused_ce = cross_entropy(logits, labels).mean(-1), cross_entropy(fused_logits, labels).mean()
         ensemble_kd = kl_divergence(logits, stop_gradient(fused_logits), self.temperature).mean(-1)
@@ -97,24 +95,24 @@ class PCL(Method):
         loss = ce.sum() + fused_ce + weight * (ensemble_kd.sum() + teacher_kd.sum())
 
         names = self.subnetwork_names()
-        terms = {f"cross_entropy/{name}": x for name, x in zip(names, ce, strict=True)}
-        terms["cross_entropy/fused"] = fused_ce
-        terms |= {f"ensemble_distillation/{name}": x for name, x in zip(names, ensemble_kd, strict=True)}
-        terms |= {f"mean_teacher_distillation/{name}": x for name, x in zip(names, teacher_kd, strict=True)}
-        return {"loss": loss}, terms | {"distillation_weight": weight}
+        logs = terms("cross_entropy", (*names, "fused"), (*ce, fused_ce), LABELS)
+        logs |= terms("ensemble_distillation", names, ensemble_kd, KNOWLEDGE)
+        logs |= terms("mean_teacher_distillation", names, teacher_kd, KNOWLEDGE)
+        return {"loss": loss}, logs | {"distillation_weight": weight}
 
     def predictions(self, outputs):
-        predictions = super().predictions(outputs) | {"fused": outputs["fused_logits"]}
-        predictions |= zip(self._ema_names(), outputs["ema_logits"], strict=True)
-        return predictions | {"ema_fused": outputs["ema_fused_logits"]}
+        logits = (*outputs["ema_logits"], outputs["ema_fused_logits"])
+        return super().predictions(outputs) | dict(zip(self._ema_roles(), logits, strict=True))
 
-    def network_names(self):
-        return self.subnetwork_names() + self._ema_names()
+    def roles(self):
+        return super().roles() | self._ema_roles()
+
+    def _ema_roles(self):
+        networks = {f"ema_{k}": Role(NETWORK, k) for k in range(self.subnetworks.num)}
+        return networks | {"ema_fused": Role(FUSED)}
 
     def extract(self, variables, name):
-        if name in self._ema_names():
-            return super().extract(variables["ema"], self.subnetwork_names()[self._ema_names().index(name)])
-        return super().extract(variables, name)
+        return super().extract(variables["ema"] if name in self._ema_roles() else variables, name)
 
     def after_step(self, params, model_state, step):
         decay = jnp.minimum(1 - 1 / (step + 1), self.ema_decay)
@@ -126,9 +124,6 @@ class PCL(Method):
         if self.average_statistics:
             ema["batch_stats"] = average(ema["batch_stats"], model_state["batch_stats"])
         return {**model_state, "ema": ema}
-
-    def _ema_names(self):
-        return tuple(f"ema_{k}" for k in range(self.subnetworks.num))
 
 
 class EnsembleHead(nn.Module):

@@ -155,6 +155,14 @@ def _run(network, x, train, remat):
     return nn.remat(lambda network, x: network(x, train))(network, x)
 
 
+def vectorized(method: nn.Module, vectorize: bool) -> nn.Module:
+    """The method with its copies of one network run by `vmap`, or one after another; all else stays."""
+    networks = method.subnetworks
+    if not networks.are_copies or networks.vectorize == vectorize:
+        return method
+    return method.clone(subnetworks=networks.clone(vectorize=vectorize))
+
+
 def _shown(module, outputs):
     """The outputs; whoever makes the collection "intermediates" mutable finds their feature maps there."""
     module.sow("intermediates", "feature_maps", [output.feature_map for output in outputs])
