@@ -1,5 +1,7 @@
 """What every network gives, and the layers that all families build with."""
 
+from collections.abc import Callable
+
 import flax
 import flax.linen as nn
 import jax
@@ -93,10 +95,8 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, D] -> [B, H / stride, W / stride, features]."""
-        y = conv(self.features, 3, self.stride, name="conv1")(x)
-        y = nn.relu(batch_norm(train, name="norm1")(y))
-        y = conv(self.features, 3, name="conv2")(y)
-        y = batch_norm(train, name="norm2")(y)
+        y = conv_norm(x, train, self.features, 3, self.stride, name="*1")
+        y = conv_norm(y, train, self.features, 3, name="*2", activation=None)
         return nn.relu(_shortcut(x, y, self.stride, train) + y)
 
 
@@ -119,12 +119,9 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, D] -> [B, H / stride, W / stride, features]."""
-        y = conv(self.width, 1, name="conv1")(x)
-        y = nn.relu(batch_norm(train, name="norm1")(y))
-        y = conv(self.width, 3, self.stride, name="conv2")(y)
-        y = nn.relu(batch_norm(train, name="norm2")(y))
-        y = conv(self.features, 1, name="conv3")(y)
-        y = batch_norm(train, name="norm3")(y)
+        y = conv_norm(x, train, self.width, 1, name="*1")
+        y = conv_norm(y, train, self.width, 3, self.stride, name="*2")
+        y = conv_norm(y, train, self.features, 1, name="*3", activation=None)
         return nn.relu(_shortcut(x, y, self.stride, train) + y)
 
 
@@ -132,8 +129,38 @@ def _shortcut(x, y, stride, train):
     """What a block's input `x` is added to `y` as: itself, or brought to the shape of `y`."""
     if y.shape == x.shape:
         return x
-    x = conv(y.shape[-1], 1, stride, name="shortcut_conv")(x)
-    return batch_norm(train, name="shortcut_norm")(x)
+    return conv_norm(x, train, y.shape[-1], 1, stride, name="shortcut_*", activation=None)
+
+
+def residual_stage(x: jax.Array, train: bool, index: int, blocks: int, block: Callable) -> jax.Array:
+    """Stage `index`, 0-based, of `blocks` blocks: the first has stride 2, but not in the first stage.
+
+    Args: block: (stride=, name=) -> a block.
+    """
+    for number in range(blocks):
+        stride = 2 if index > 0 and number == 0 else 1
+        x = block(stride=stride, name=f"stage{index + 1}_block{number + 1}")(x, train)
+    return x
+
+
+def conv_norm(
+    x: jax.Array,
+    train: bool,
+    features: int,
+    kernel: int,
+    stride=1,
+    groups=1,
+    *,
+    name: str,
+    activation: Callable | None = lambda x: nn.relu(x),  # looked up then, since a test puts its own there
+) -> jax.Array:
+    """`conv`, then `batch_norm`, then `activation` if any: [B, H, W, D] -> [B, H, W, features].
+
+    Args: name: of both layers, with "conv" and "norm" in place of its "*".
+    """
+    x = conv(features, kernel, stride, groups, name=name.replace("*", "conv"))(x)
+    x = batch_norm(train, name=name.replace("*", "norm"))(x)
+    return activation(x) if activation else x
 
 
 def conv(

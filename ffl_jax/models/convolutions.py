@@ -47,6 +47,7 @@ def conv_general_dilated(
             x, kernel, strides, padding, feature_group_count=feature_group_count, **settings
         )
     padding = tuple(tuple(pair) for pair in padding)
+    # One kernel for each channel has no matrix product in it: it is a sum of shifted products.
     if groups == x.shape[-1] == kernel.shape[-1] > 1:
         return _depthwise(strides, padding, x, kernel)
     parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
@@ -130,6 +131,7 @@ def _transposed(strides, padding, x, kernel):
     XLA's CPU backend computes some of the latter by plain loops within a `while_loop` (docs/performance.md).
     """
     mirrored, padding = _mirrored(kernel), _mirrored_padding(kernel, padding)
+    # The size of the result, by the formula of a convolution's output solved for its input.
     sides = [
         s * (size - 1) + k - sum(pair)
         for s, size, k, pair in zip(strides, x.shape[1:3], kernel.shape, padding, strict=False)
@@ -143,6 +145,8 @@ def _transposed_forward(strides, padding, x, kernel):
 
 def _transposed_backward(strides, padding, saved, gradient):
     x, kernel = saved
+    # What was the input's gradient has as its own gradient the convolution itself, and the roles of image and
+    # gradient are exchanged in that of the kernel.
     mirrored, padding = _mirrored(kernel), _mirrored_padding(kernel, padding)
     kernel_gradient = _kernel_gradient(gradient, x, strides, padding, mirrored.shape)
     return _convolution(strides, padding, gradient, mirrored), _mirrored(kernel_gradient)
@@ -201,6 +205,8 @@ def _input_gradient(gradient, kernel, strides, padding, shape):
 
     def phase(row, column):
         starts, around = [], []
+        # Along each axis: the first tap that sees this phase, with every `stride`-th from there on, and how
+        # far the gradient must be padded so that each row of the phase has all of its taps.
         for first, axis in ((row, 0), (column, 1)):
             later, start = divmod(first + padding[axis][0], strides[axis])
             taps = len(range(start, kernel.shape[axis], strides[axis]))
@@ -208,12 +214,13 @@ def _input_gradient(gradient, kernel, strides, padding, shape):
             starts.append(start)
             around.append((low, sizes[axis] - gradient.shape[1 + axis] - low + taps - 1))
         taps = kernel[starts[0] :: strides[0], starts[1] :: strides[1]]
-        if not taps.size:
+        if not taps.size:  # a kernel smaller than its stride leaves rows that no window sees
             return jnp.zeros((shape[0], *sizes, shape[3]), gradient.dtype)
         return lax.conv_general_dilated(
             gradient, _mirrored(taps), (1, 1), around, dimension_numbers=_DIMENSIONS
         )
 
+    # The phases are woven into one another again.
     rows = [jnp.stack([phase(a, b) for b in range(strides[1])], axis=3) for a in range(strides[0])]
     height, width = (size * s for size, s in zip(sizes, strides, strict=True))
     return jnp.stack(rows, axis=2).reshape(shape[0], height, width, -1)[:, : shape[1], : shape[2]]
@@ -233,6 +240,7 @@ def _kernel_gradient(x, gradient, strides, padding, shape):
     def product(x, gradient):
         x = _pad(x, room)
         by_row = [None] * height
+        # Taps of one phase see the same rows of the input, some strides apart: one product serves them all.
         for phase in range(min(strides[0], height)):
             taps = range(phase, height, strides[0])
             more = len(taps) - 1
@@ -249,6 +257,7 @@ def _kernel_gradient(x, gradient, strides, padding, shape):
                 by_row[i] = products[:, :, n]
         return jnp.stack(by_row)
 
+    # In chunks of images: the factors of a whole batch are tens of megabytes, more than a cache holds.
     batch = len(x)
     bytes_each = rows * columns * (width * channels + height * features) * x.dtype.itemsize
     chunk = max(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-from ffl_jax.models.base import NETWORKS, Network, batch_norm, conv, early_stride
+from ffl_jax.models.base import NETWORKS, Network, conv_norm, early_stride
 
 # Widths of the inverted residuals in each stage. All but the first stage expand by 6.
 _WIDTHS = ((16,), (24,) * 2, (32,) * 3, (64,) * 4 + (96,) * 3, (160,) * 3 + (320,))
@@ -37,8 +37,8 @@ class MobileNetV2(Network):
 
     def stem(self, x, train):
         stride = self.early_strides[0] if self.early_strides else early_stride(x)
-        x = conv(int(32 * self.width), 3, stride, name="stem_conv")(x)
-        return self.activation(batch_norm(train, name="stem_norm")(x))
+        width, activation = int(32 * self.width), self.activation
+        return conv_norm(x, train, width, 3, stride, name="stem_*", activation=activation)
 
     def stage(self, index, x, train):
         if index == 1:
@@ -55,8 +55,7 @@ class MobileNetV2(Network):
                 name=f"stage{index + 1}_block{block + 1}",
             )(x, train)
         if index == self.num_stages - 1:
-            x = conv(1280, 1, name=f"stage{index + 1}_conv")(x)
-            x = self.activation(batch_norm(train, name=f"stage{index + 1}_norm")(x))
+            x = conv_norm(x, train, 1280, 1, name=f"stage{index + 1}_*", activation=self.activation)
         return x
 
 
@@ -80,14 +79,12 @@ class InvertedResidual(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, D] -> [B, H / stride, W / stride, features]."""
-        y = x
+        y, layer = x, functools.partial(conv_norm, activation=self.activation)
         if self.expansion:
-            y = conv(self.expansion * x.shape[-1], 1, name="expand_conv")(y)
-            y = self.activation(batch_norm(train, name="expand_norm")(y))
-        y = conv(y.shape[-1], 3, self.stride, groups=y.shape[-1], name="depthwise_conv")(y)
-        y = self.activation(batch_norm(train, name="depthwise_norm")(y))
-        y = conv(self.features, 1, name="project_conv")(y)
-        y = batch_norm(train, name="project_norm")(y)
+            y = layer(y, train, self.expansion * x.shape[-1], 1, name="expand_*")
+        width = y.shape[-1]
+        y = layer(y, train, width, 3, self.stride, groups=width, name="depthwise_*")
+        y = conv_norm(y, train, self.features, 1, name="project_*", activation=None)
         return x + y if self.stride == 1 and self.features == x.shape[-1] else y
 
 

@@ -4,7 +4,7 @@ import functools
 
 import flax.linen as nn
 
-from ffl_jax.models.base import NETWORKS, BasicBlock, Bottleneck, Network, batch_norm, conv
+from ffl_jax.models.base import NETWORKS, BasicBlock, Bottleneck, Network, conv_norm, residual_stage
 
 
 class ResNet(Network):
@@ -21,19 +21,15 @@ class ResNet(Network):
     num_stages = 4
 
     def stem(self, x, train):
-        x = nn.relu(batch_norm(train, name="stem_norm")(conv(64, 7, stride=2, name="stem_conv")(x)))
+        x = conv_norm(x, train, 64, 7, stride=2, name="stem_*")
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
     def stage(self, index, x, train):
         planes = 64 * 2**index
-        for block in range(self.blocks[index]):
-            stride = 2 if index > 0 and block == 0 else 1
-            name = f"stage{index + 1}_block{block + 1}"
-            if self.bottleneck:
-                x = Bottleneck(4 * planes, planes, stride, name=name)(x, train)
-            else:
-                x = BasicBlock(planes, stride, name=name)(x, train)
-        return x
+        block = functools.partial(BasicBlock, planes)
+        if self.bottleneck:
+            block = functools.partial(Bottleneck, 4 * planes, planes)
+        return residual_stage(x, train, index, self.blocks[index], block)
 
 
 for _depth, _blocks in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3))):

@@ -6,9 +6,7 @@ bottleneck blocks a stage (`resnet110_bottleneck`; ONE, OKDDip, PCL), which has 
 
 import functools
 
-import flax.linen as nn
-
-from ffl_jax.models.base import NETWORKS, BasicBlock, Bottleneck, Network, batch_norm, conv
+from ffl_jax.models.base import NETWORKS, BasicBlock, Bottleneck, Network, conv_norm, residual_stage
 
 
 class ResNetCifar(Network):
@@ -24,18 +22,14 @@ class ResNetCifar(Network):
     bottleneck_width: int = 0
 
     def stem(self, x, train):
-        return nn.relu(batch_norm(train, name="stem_norm")(conv(16, 3, name="stem_conv")(x)))
+        return conv_norm(x, train, 16, 3, name="stem_*")
 
     def stage(self, index, x, train):
         planes = 16 * 2**index
-        for block in range(self.blocks):
-            stride = 2 if index > 0 and block == 0 else 1
-            name = f"stage{index + 1}_block{block + 1}"
-            if self.bottleneck_width:
-                x = Bottleneck(4 * planes, self.bottleneck_width * planes, stride, name=name)(x, train)
-            else:
-                x = BasicBlock(planes, stride, name=name)(x, train)
-        return x
+        block = functools.partial(BasicBlock, planes)
+        if self.bottleneck_width:
+            block = functools.partial(Bottleneck, 4 * planes, self.bottleneck_width * planes)
+        return residual_stage(x, train, index, self.blocks, block)
 
 
 # Depth 6n + 2.

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ffl_jax.models.base import NETWORKS, Network, batch_norm, conv, early_stride
+from ffl_jax.models.base import NETWORKS, Network, conv_norm, early_stride
 
 _BLOCKS = (4, 8, 4)  # in each stage, of both versions
 _GROUPS = 3  # of the pointwise convolutions, version 1
@@ -19,7 +19,7 @@ class ShuffleNetV1(Network):
     """
 
     def stem(self, x, train):
-        return nn.relu(batch_norm(train, name="stem_norm")(conv(24, 1, name="stem_conv")(x)))
+        return conv_norm(x, train, 24, 1, name="stem_*")
 
     def stage(self, index, x, train):
         for block in range(_BLOCKS[index]):
@@ -46,8 +46,7 @@ class ShuffleNetV2(Network):
     """
 
     def stem(self, x, train):
-        x = conv(24, 3, early_stride(x), name="stem_conv")(x)
-        x = nn.relu(batch_norm(train, name="stem_norm")(x))
+        x = conv_norm(x, train, 24, 3, early_stride(x), name="stem_*")
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if early_stride(x) == 2 else x
 
     def stage(self, index, x, train):
@@ -55,8 +54,7 @@ class ShuffleNetV2(Network):
             name = f"stage{index + 1}_block{block + 1}"
             x = UnitV2(116 * 2**index, stride=2 if block == 0 else 1, name=name)(x, train)
         if index == self.num_stages - 1:
-            x = conv(1024, 1, name=f"stage{index + 1}_conv")(x)
-            x = nn.relu(batch_norm(train, name=f"stage{index + 1}_norm")(x))
+            x = conv_norm(x, train, 1024, 1, name=f"stage{index + 1}_*")
         return x
 
 
@@ -81,13 +79,10 @@ class UnitV1(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, D] -> [B, H / stride, W / stride, features]."""
         features = self.features - x.shape[-1] if self.stride == 2 else self.features
-        y = conv(features // 4, 1, groups=self.groups, name="reduce_conv")(x)
-        y = nn.relu(batch_norm(train, name="reduce_norm")(y))
+        y = conv_norm(x, train, features // 4, 1, groups=self.groups, name="reduce_*")
         y = channel_shuffle(y, self.groups)
-        y = conv(features // 4, 3, self.stride, groups=features // 4, name="depthwise_conv")(y)
-        y = nn.relu(batch_norm(train, name="depthwise_norm")(y))
-        y = conv(features, 1, groups=_GROUPS, name="expand_conv")(y)
-        y = batch_norm(train, name="expand_norm")(y)
+        y = conv_norm(y, train, features // 4, 3, self.stride, features // 4, name="depthwise_*")
+        y = conv_norm(y, train, features, 1, groups=_GROUPS, name="expand_*", activation=None)
         if self.stride == 1:
             return nn.relu(x + y)
         # At the border too the sum of a window is divided by 9, as in PyTorch.
@@ -114,12 +109,11 @@ class UnitV2(nn.Module):
         """[B, H, W, D] -> [B, H / stride, W / stride, features]."""
 
         def pointwise(x, name):
-            x = conv(self.features // 2, 1, name=f"{name}_conv")(x)
-            return nn.relu(batch_norm(train, name=f"{name}_norm")(x))
+            return conv_norm(x, train, self.features // 2, 1, name=f"{name}_*")
 
         def depthwise(x, name):
-            x = conv(x.shape[-1], 3, self.stride, groups=x.shape[-1], name=f"{name}_conv")(x)
-            return batch_norm(train, name=f"{name}_norm")(x)
+            width, name = x.shape[-1], f"{name}_*"
+            return conv_norm(x, train, width, 3, self.stride, width, name=name, activation=None)
 
         if self.stride == 1:
             shortcut, y = jnp.split(x, 2, axis=-1)

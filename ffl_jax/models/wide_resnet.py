@@ -13,7 +13,7 @@ import functools
 import flax.linen as nn
 import jax
 
-from ffl_jax.models.base import NETWORKS, Network, batch_norm, biased_conv
+from ffl_jax.models.base import NETWORKS, Network, batch_norm, biased_conv, residual_stage
 
 
 class WideResNet(Network):
@@ -33,10 +33,8 @@ class WideResNet(Network):
         return biased_conv(x, 16, 3, name="stem_conv")
 
     def stage(self, index, x, train):
-        for block in range(self.blocks):
-            stride = 2 if index > 0 and block == 0 else 1
-            name = f"stage{index + 1}_block{block + 1}"
-            x = PreActivationBlock(16 * self.width * 2**index, stride, name=name)(x, train)
+        block = functools.partial(PreActivationBlock, 16 * self.width * 2**index)
+        x = residual_stage(x, train, index, self.blocks, block)
         if index == self.num_stages - 1:
             # PyTorch's momentum is 0.9 there: the running statistics are nearly those of the last batch.
             x = nn.relu(batch_norm(train, name=f"stage{index + 1}_norm", momentum=0.1)(x))
