@@ -7,8 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -19,12 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint import v1
 
 from ffl_jax.errors import CheckpointError, ResourceError
-from ffl_jax.workdir import checkpoint, manifest
-
-ROOT = Path(__file__).parents[1]
+from ffl_jax.workdir import checkpoint, contents, manifest
 
 
 def _state(number):
@@ -68,15 +64,9 @@ def _files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _python(code, *arguments, devices=1, **options):
-    environment = dict(
-        os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    )
-    environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-    )
+def _program(code):
+    """For `commands`, which gives it its arguments."""
+    return "-c", "import sys, checkpoint_test\nfrom ffl_jax import checkpoint\n" + textwrap.dedent(code)
 
 
 @pytest.fixture
@@ -94,7 +84,7 @@ def warnings(monkeypatch):
 
 
 def test_round_trip(two_steps):
-    assert checkpoint.steps(two_steps) == [10, 20]
+    assert checkpoint.whole_steps(two_steps) == [10, 20]
     assert _usable(two_steps) == 20
     assert _usable(two_steps, step=10) == 10
     abstract = jax.eval_shape(lambda: _state(0))  # shapes only: NumPy's int64 is not among them
@@ -105,10 +95,24 @@ def test_round_trip(two_steps):
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_orbax_alone_reads_it_and_names_are_kept(two_steps):
     (two_steps / "best").mkdir()
-    with ocp.training.Checkpointer(two_steps) as checkpointer:
+    with v1.training.Checkpointer(two_steps) as checkpointer:
         assert checkpointer.latest.step == 20
-    state = ocp.load_checkpointables(two_steps / "20", {"state": None})["state"]
+    state = v1.load_checkpointables(two_steps / "20", {"state": None})["state"]
     np.testing.assert_array_equal(state["params"]["head"], np.arange(5.0) * 20)
+
+
+def test_steps_of_the_version_before(tmp_path):
+    """It saved with the newer of Orbax's interfaces."""
+    context = v1.Context()
+    context.checkpointables.registry = registry = v1.handlers.local_registry()
+    for name in ("run", "arrays"):
+        registry.add(v1.handlers.JsonHandler, checkpointable_name=name)
+    state = _state(7)
+    items = {"state": contents.copies(state), "run": {"number": 7}, "arrays": contents.describe(state)}
+    with context:
+        v1.save_checkpointables(tmp_path / "7", items)
+    manifest.seal(tmp_path / "7", 7)
+    assert _usable(tmp_path) == 7
 
 
 def test_buffers_may_be_overwritten_at_once(tmp_path):
@@ -150,30 +154,39 @@ def _truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-DAMAGES = {"deleted": Path.unlink, "emptied": lambda path: os.truncate(path, 0), "halved": _truncate}
+def _link(path):
+    """To a file of the very same contents."""
+    elsewhere = Path(str(path).replace("/20/", "/copy/"))
+    elsewhere.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, "linked", "piped", "added"])
-def test_other_damage_is_never_used(two_steps, tmp_path, warnings, damage):
+def _pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = {
+    "deleted": Path.unlink,
+    "emptied": lambda path: os.truncate(path, 0),
+    "halved": _truncate,
+    "linked": _link,
+    "piped": _pipe,
+    "added": lambda path: path.with_name("stray").write_text("x"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_other_damage_is_never_used(two_steps, warnings, damage):
     for path in _files(two_steps / "20"):
-        sound = path.read_bytes()
+        sound, stray = path.read_bytes(), path.with_name("stray")
         if not sound and damage in ("emptied", "halved"):
             continue
-        culprit = path
-        if damage == "linked":  # to a file of the very same contents
-            path.rename(tmp_path / "elsewhere")
-            path.symlink_to(tmp_path / "elsewhere")
-        elif damage == "piped":
-            path.unlink()
-            os.mkfifo(path)
-        elif damage == "added":
-            culprit = path.with_name("stray")
-            culprit.write_text("x")
-        else:
-            DAMAGES[damage](path)
+        DAMAGES[damage](path)
         assert _usable(two_steps) == 10, path
-        assert culprit.name in warnings[-1]
-        for left in (culprit, path):
+        assert (stray if damage == "added" else path).name in warnings[-1]
+        for left in (stray, path):
             left.unlink(missing_ok=True)
         path.write_bytes(sound)
     assert _usable(two_steps) == 20
@@ -199,7 +212,7 @@ def test_nothing_usable(two_steps, tmp_path):
         checkpoint.find(two_steps)
     assert caught.value.exit_code == 4
     assert "\n" not in str(caught.value)
-    assert checkpoint.steps(tmp_path / "missing") == []
+    assert checkpoint.whole_steps(tmp_path / "missing") == []
     for empty in (tmp_path, tmp_path / "missing"):
         with pytest.raises(CheckpointError, match="no usable checkpoint"):
             checkpoint.find(empty)
@@ -208,9 +221,10 @@ def test_nothing_usable(two_steps, tmp_path):
 def test_step_asked_for_is_missing(two_steps):
     with pytest.raises(CheckpointError, match=r"step 15 .* 10, 20"):
         checkpoint.find(two_steps, step=15)
-    for function in (checkpoint.load_run, lambda *where: checkpoint.restore(*where, _state(0))):
-        with pytest.raises(CheckpointError, match="not there"):
-            function(two_steps, 15)
+    with pytest.raises(CheckpointError, match="not there"):
+        checkpoint.load_run(two_steps, 15)
+    with pytest.raises(CheckpointError, match="not there"):
+        checkpoint.restore(two_steps, 15, _state(0))
 
 
 def test_quarantine_makes_room_to_save_again(two_steps):
@@ -281,13 +295,13 @@ def test_disk_growth_and_strays(tmp_path):
             best.save(number, _state(number), {"number": number})
         checkpoints.wait()
         best.wait()
-        assert checkpoint.steps(directory) == [10, 11]
+        assert checkpoint.whole_steps(directory) == [10, 11]
         assert threading.active_count() <= threads + 4  # two workers, and Orbax's last ones on their way out
         assert len(os.listdir("/proc/self/fd")) <= descriptors + 2
     done.set()
     watcher.join()
     assert 2 <= most <= 3
-    assert checkpoint.steps(directory / "best") == [11]
+    assert checkpoint.whole_steps(directory / "best") == [11]
     assert sorted(os.listdir(directory)) == ["007", "10", "11", "best"]  # steps 3 and 9 took over
     assert os.listdir(directory / "best") == ["11"]
     assert _usable(directory) == 11
@@ -299,16 +313,16 @@ def test_old_step_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     seal = manifest.seal
 
     def spy(folder, step):
-        seen.append(checkpoint.steps(tmp_path))
+        seen.append(checkpoint.whole_steps(tmp_path))
         seal(folder, step)
-        seen.append(checkpoint.steps(tmp_path))
+        seen.append(checkpoint.whole_steps(tmp_path))
 
     monkeypatch.setattr(manifest, "seal", spy)
     _save(tmp_path, 2, keep=1)
     assert seen == [[1], [1]]
-    assert checkpoint.steps(tmp_path) == [2]
+    assert checkpoint.whole_steps(tmp_path) == [2]
     _save(tmp_path, 1, keep=1)  # back to an older step: the newest save counts, not the highest number
-    assert checkpoint.steps(tmp_path) == [1]
+    assert checkpoint.whole_steps(tmp_path) == [1]
 
 
 def test_error_of_a_save_is_raised_once_and_masks_nothing(tmp_path, monkeypatch):
@@ -330,9 +344,25 @@ def test_error_of_a_save_is_raised_once_and_masks_nothing(tmp_path, monkeypatch)
         patch.setattr(manifest, "seal", full)
         with pytest.raises(KeyError):
             train()
-    assert checkpoint.steps(tmp_path) == []
+    assert checkpoint.whole_steps(tmp_path) == []
     _save(tmp_path, 3)
     assert _usable(tmp_path) == 3
+
+
+def test_interrupted_wait_loses_nothing(tmp_path, monkeypatch):
+    """Ctrl-C, or another signal's handler that raises, while a save is waited for."""
+    seal = manifest.seal
+    monkeypatch.setattr(manifest, "seal", lambda *where: (time.sleep(1), seal(*where)))
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with checkpoint.Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, _state(1), {"number": 1})
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert _usable(tmp_path) == 1
 
 
 def test_closing_twice_leaves_the_next_writer_alone(tmp_path):
@@ -354,14 +384,13 @@ def test_reading_writes_nothing(two_steps):
     _truncate(two_steps / "20" / "_CHECKPOINT_METADATA")
 
     def listing():
-        return [
-            (path, path.lstat().st_mtime_ns, path.lstat().st_size) for path in sorted(two_steps.rglob("*"))
-        ]
+        found = [two_steps, *sorted(two_steps.rglob("*"))]
+        return [(path, path.lstat().st_mtime_ns, path.lstat().st_size) for path in found]
 
-    before = listing(), two_steps.stat().st_mtime_ns
-    assert checkpoint.steps(two_steps) == [10]
+    before = listing()
+    assert checkpoint.whole_steps(two_steps) == [10]
     assert _usable(two_steps) == 10
-    assert (listing(), two_steps.stat().st_mtime_ns) == before
+    assert listing() == before
 
 
 def test_reading_while_another_run_saves(tmp_path):
@@ -389,17 +418,13 @@ def test_step_superseded_while_it_is_read(two_steps, tmp_path, monkeypatch, warn
     assert warnings == []
 
 
-def test_two_writers(tmp_path, monkeypatch):
-    holder = _python(
-        """
-        import sys, time
-        from ffl_jax import checkpoint
+def test_two_writers(commands, tmp_path, monkeypatch):
+    program = _program("""
         with checkpoint.lock(sys.argv[1]):
             print("held", flush=True)
-            time.sleep(60)
-        """,
-        tmp_path / "run",
-    )
+            checkpoint_test.time.sleep(60)
+        """)
+    holder = commands.start(*program, tmp_path / "run")
     try:
         assert holder.stdout.readline() == "held\n"
         monkeypatch.chdir(tmp_path)
@@ -416,24 +441,21 @@ def test_two_writers(tmp_path, monkeypatch):
         pass
 
 
-SAVE_FOREVER = """
-import sys
-import checkpoint_test
-from ffl_jax import checkpoint
+SAVE_FOREVER = _program("""
 with checkpoint.lock(sys.argv[1]), checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
     number = int(sys.argv[2])
     while True:
         number += 1
         checkpoints.save(number, checkpoint_test._state(number), {"number": number})
         print(number, flush=True)
-"""
+""")
 
 
-def test_killed_at_any_moment(tmp_path, warnings):
+def test_killed_at_any_moment(commands, tmp_path, warnings):
     generator = random.Random(1)
     last = 0
     for _ in range(3):
-        saver = _python(SAVE_FOREVER, tmp_path, last)
+        saver = commands.start(*SAVE_FOREVER, tmp_path, last)
         for line in saver.stdout:
             if int(line) >= last + 3:
                 break
@@ -444,122 +466,84 @@ def test_killed_at_any_moment(tmp_path, warnings):
         found = _usable(tmp_path)
         assert last < started - 2 <= found <= started + 1
         assert warnings == []  # no half step anywhere, not even in the way
-        assert len(checkpoint.steps(tmp_path)) in (2, 3)
+        assert len(checkpoint.whole_steps(tmp_path)) in (2, 3)
         last = found
     with checkpoint.Checkpoints(tmp_path):
         pass
     assert not (tmp_path / ".incoming").exists()
 
 
-def test_other_number_of_devices(tmp_path):
-    saver = _python(
-        """
-        import sys, jax, checkpoint_test
-        from ffl_jax import checkpoint
-        state = jax.tree.map(lambda x: jax.device_put(x, jax.devices()[3]), checkpoint_test._state(7))
+def test_other_number_of_devices(commands, tmp_path):
+    """Each restores what one with another number saved, on its first device, and saves from its last."""
+    program = _program("""
+        import jax, jax.numpy as jnp
+        def state(step):
+            return jax.tree.map(jnp.asarray, checkpoint_test._state(step))
+        before, now = map(int, sys.argv[2:])
+        assert jax.device_count() == now
+        if before:
+            restored = checkpoint.restore(sys.argv[1], before, state(0))
+            assert checkpoint_test._bits(restored) == checkpoint_test._bits(state(before))
+            assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(restored))
         with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
-            checkpoints.save(7, state, {"number": 7})
-        """,
-        tmp_path,
-        devices=4,
-    )
-    assert saver.wait() == 0, saver.stderr.read()
-    like = (
-        "dict(checkpoint_test._state(0), pair=jax.tree.map(jnp.asarray, checkpoint_test._state(0)['pair']))"
-    )
-    code = f"""
-        import sys, jax, jax.numpy as jnp, checkpoint_test
-        from ffl_jax import checkpoint
-        assert jax.device_count() == int(sys.argv[2])
-        state = checkpoint.restore(sys.argv[1], checkpoint.find(sys.argv[1]), {like})
-        pair = jax.tree.map(jnp.asarray, checkpoint_test._state(7)["pair"])
-        expected = dict(checkpoint_test._state(7), pair=pair)
-        assert checkpoint_test._bits(state) == checkpoint_test._bits(expected)
-        assert all(leaf.devices() == {{jax.devices()[0]}} for leaf in jax.tree.leaves(state))
-        """
-    readers = [_python(code, tmp_path, devices, devices=devices) for devices in (1, 2, 8)]
-    for reader in readers:
-        _, errors = reader.communicate(timeout=60)
-        assert reader.returncode == 0, errors
+            checkpoints.save(now, jax.device_put(state(now), jax.devices()[-1]), {})
+        """)
+    for before, now in ((0, 4), (4, 1), (1, 8)):
+        commands.run(*program, tmp_path, before, now, devices=now)
 
 
-def test_no_room_for_a_file(tmp_path):
+def test_no_room_for_a_file(commands, tmp_path):
     """The limit on file size stands in for a full disk: the same path through Orbax, another number."""
-    process = _python(
-        """
-        import resource, signal, sys, numpy as np
-        from ffl_jax import checkpoint, errors
+    program = _program("""
+        import resource, signal, numpy as np
+        from ffl_jax import errors
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         def limit(size):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        def save(step):
-            checkpoints.save(step, {"x": np.random.default_rng(step).random(300_000)}, {})
-            checkpoints.wait()
+        def save(step, wait=True):
+            try:
+                checkpoints.save(step, {"x": np.random.default_rng(step).random(300_000)}, {})
+                checkpoints.wait() if wait else checkpoints.close()
+            except errors.ResourceError as error:
+                print(error)
         with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
             save(1)
             limit(1_000_000)
-            for step in (2, 3):
-                try:
-                    save(step)
-                except errors.ResourceError as error:
-                    print(error)
+            save(2)
+            save(3)
             print(checkpoint.find(sys.argv[1]))
             limit(resource.RLIM_INFINITY)
             save(4)
             limit(1_000_000)
-            try:
-                checkpoints.save(5, {"x": np.random.default_rng(5).random(300_000)}, {})
-                checkpoints.close()
-            except errors.ResourceError as error:
-                print(error)
-        print(checkpoint.steps(sys.argv[1]))
-        """,
-        tmp_path,
-    )
-    output, errors = process.communicate(timeout=60)
-    lines = output.splitlines()
-    assert process.returncode == 0, errors
+            save(5, wait=False)
+        print(checkpoint.whole_steps(sys.argv[1]))
+        """)
+    lines = commands.run(*program, tmp_path).stdout.splitlines()  # and no traceback of Orbax's threads
     assert len(lines) == 5
     for line in (lines[0], lines[1], lines[3]):
         assert str(tmp_path) in line
         assert "File too large" in line
     assert lines[2] == "1"
     assert lines[4] == "[1, 4]"
-    assert "Traceback" not in errors  # of Orbax's threads
-    like = {"x": np.zeros(300_000)}
-    restored = checkpoint.restore(tmp_path, checkpoint.find(tmp_path), like)
+    restored = checkpoint.restore(tmp_path, checkpoint.find(tmp_path), {"x": np.zeros(300_000)})
     np.testing.assert_array_equal(restored["x"], np.random.default_rng(4).random(300_000))
     assert sorted(os.listdir(tmp_path)) == ["1", "4"]
 
 
-def test_forgotten_close_does_not_hang(tmp_path):
-    process = _python(
-        """
-        import sys, checkpoint_test
-        from ffl_jax import checkpoint
+def test_forgotten_close_saves_or_says_so(commands, tmp_path):
+    program = _program("""
         checkpoints = checkpoint.Checkpoints(sys.argv[1])
         for number in (1, 2):
             checkpoints.save(number, checkpoint_test._state(number), {"number": number})
-        """,
-        tmp_path,
-    )
-    process.communicate(timeout=30)
-    assert _usable(tmp_path) == 2
+        """)
+    _, errors = commands.start(*program, tmp_path).communicate(timeout=30)
+    assert _usable(tmp_path) == (1 if "Checkpoints.close" in errors else 2)
 
 
 def test_differences():
-    stored = {
-        "optimizer": {"learning_rate": 0.1, "steps": [1, 2]},
-        "seed": 1,
-        "bad": float("nan"),
-        "old": {"a": 1},
-    }
-    current = {
-        "optimizer": {"learning_rate": 0.01, "steps": (1, 2)},
-        "seed": 1,
-        "bad": float("nan"),
-        "new": None,
-    }
+    same = {"seed": 1, "bad": float("nan")}
+    stored = {"optimizer": {"learning_rate": 0.1, "steps": [1, 2]}, "old": {"a": 1}, **same}
+    current = {"optimizer": {"learning_rate": 0.01, "steps": (1, 2)}, "new": None, **same}
     assert checkpoint.differences(stored, current) == [
         "new: absent in the checkpoint, null now",
         "old.a: 1 in the checkpoint, absent now",

@@ -5,8 +5,10 @@
     directory/quarantine/<step>/    damaged steps, set aside by `find(..., quarantine=True)`
 
 Orbax alone keeps no checksum of array data, takes any folder named by a number for a step, and loads what a
-link points to. Its `training.Checkpointer` also deletes old steps before the new one could be sealed, and
-raises the error of a failed save again in later ones: hence its free functions.
+link points to; its managers of steps also delete old ones before the new one could be sealed. Hence its plain
+`Checkpointer` of one folder, in a thread of ours. That is the older of Orbax's two interfaces: in the newer
+one, `orbax.checkpoint.v1`, every save has all processes compare the folder, also where one was told to save
+alone, and that one waits for ever (seen on 0.12.8). Both read what either wrote.
 One process writes, under `lock`.
 """
 
@@ -23,20 +25,18 @@ from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
-import numpy as np
-from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint.experimental.v1._src.saving import execution
+import orbax.checkpoint as ocp
+from orbax.checkpoint import args
 
 from ffl_jax.errors import CheckpointError, FFLError, ResourceError
-from ffl_jax.workdir import manifest
+from ffl_jax.workdir import contents, manifest
+from ffl_jax.workdir.contents import differences
 
-# Orbax 0.12.8 has all processes compare the folder that they save to, also where it was told that one saves.
-_ALL_PROCESSES = execution, "_check_directory_consistency"
 _MAX_LISTED = 20
-_ABSENT = object()
+# Orbax numbers its saves for the whole process: of two at once, one takes the other's folders for its own.
+_SAVING = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -54,10 +54,9 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                message = (
+                raise CheckpointError(
                     f"another run is writing to {workdir}: wait for it, stop it, or choose another --workdir"
-                )
-                raise CheckpointError(message) from None
+                ) from None
         yield
 
 
@@ -74,11 +73,13 @@ class Checkpoints:
         self._closed = False
         with _resource_errors(self.directory):
             self._clean()
+        # Not a bare thread: in Python 3.11 its `join`, once a signal handler raised there, waits no more.
         self._worker = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        logging.getLogger("absl").addFilter(_is_news)
-        # Not closed, Orbax loses the save and hangs for minutes when Python stops its thread pools.
-        # `atexit` comes after that; this, the hook of `concurrent.futures` itself, runs newest first.
-        getattr(threading, "_register_atexit", atexit.register)(self.close)
+        logging.getLogger("absl").addFilter(self._is_news)
+        # For a program that forgets to close. Python stops all thread pools before this, Orbax's too, and a
+        # save still going on then fails: this says so, and the step before is there. No exit of a program
+        # that uses `with` comes here: exceptions and sys.exit close first, and os._exit runs nothing at all.
+        atexit.register(self.close)
 
     def save(self, step: int, state: Any, run: dict, replace: bool = False) -> None:
         """Starts to save a step; returns when its arrays are copied.
@@ -90,22 +91,15 @@ class Checkpoints:
           replace: whether to write anew a step that is there and whole; a damaged one always is.
 
         Raises:
-          ResourceError: this save, or the one before, met a full disk or the like. Older steps are intact.
+          ResourceError: the save before met a full disk or the like. Older steps are intact.
         """
         self.wait()
         final = self.directory / str(step)
         if not replace and os.path.lexists(final) and manifest.problem(final) is None:
             return
-        arrays = _describe(state)
-        items = {"state": jax.tree.map(_plain, state), "run": json.loads(json.dumps(run)), "arrays": arrays}
-        with (
-            _resource_errors(self.directory),
-            _orbax(),
-            mock.patch.object(*_ALL_PROCESSES, lambda folder: None),
-        ):
-            self._clean()
-            response = ocp.save_checkpointables_async(self._incoming / str(step), items)
-        self._pending = self._worker.submit(self._publish, step, response)
+        # Copies: the caller may go on to change all of it.
+        items = contents.describe(state), contents.copies(state), json.loads(json.dumps(run))
+        self._pending = self._worker.submit(self._write, step, *items)
 
     def wait(self) -> None:
         """Returns when the last save is in place, manifest and all; raises its error, once."""
@@ -122,11 +116,12 @@ class Checkpoints:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self.close)
         try:
             self.wait()
         finally:
             self._worker.shutdown()
-            logging.getLogger("absl").removeFilter(_is_news)
+            logging.getLogger("absl").removeFilter(self._is_news)
             shutil.rmtree(self._incoming, ignore_errors=True)
 
     def __enter__(self) -> "Checkpoints":
@@ -140,19 +135,22 @@ class Checkpoints:
                 raise
             logging.error("%s", failure)  # the exception in flight says why the run ends
 
-    def _publish(self, step: int, response: ocp.AsyncResponse) -> None:
-        """In the background: waits for Orbax, seals the step, puts it in place, drops what it supersedes."""
+    def _write(self, step: int, arrays: dict, state: Any, run: dict) -> None:
+        """In the background: writes the step, seals it, puts it in place, drops what it supersedes."""
+        folder, final = self._incoming / str(step), self.directory / str(step)
+        items = {"state": args.PyTreeSave(state), "run": args.JsonSave(run), "arrays": args.JsonSave(arrays)}
         with _resource_errors(self.directory):
-            response.result()
-            folder, final = self._incoming / str(step), self.directory / str(step)
+            self._clean()
+            with _SAVING, _orbax() as orbax:
+                orbax.save(folder, args.Composite(**items))
             manifest.seal(folder, step)
             if os.path.lexists(final):  # damaged, superseded, or no step at all
                 self._discard(final)
             os.rename(folder, final)
             manifest.fsync(self.directory)
             # Not before: until the new step is whole and in place, the old ones are all there is.
-            others = [other for other in steps(self.directory) if other != step]
-            for other in others[: max(0, len(others) - (self._keep - 1))]:
+            others = [other for other in whole_steps(self.directory) if other != step]
+            for other in others[::-1][self._keep - 1 :]:
                 self._discard(self.directory / str(other))
 
     def _discard(self, path: Path) -> None:
@@ -165,19 +163,20 @@ class Checkpoints:
             shutil.rmtree(self._incoming)
         self._incoming.mkdir(parents=True)
 
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        """Orbax logs all it does, and an error, which `wait` raises, once for each of its threads."""
+        return record.levelno == logging.WARNING or "/orbax/checkpoint/" not in record.pathname
 
-def steps(directory: str | os.PathLike) -> list[int]:
+
+def whole_steps(directory: str | os.PathLike) -> list[int]:
     """The steps that look whole, ascending: by names and sizes only, which is cheap."""
-    directory = Path(directory).absolute()
-    return [
-        step for step in _numbered(directory) if not manifest.problem(directory / str(step), contents=False)
-    ]
+    found = _numbered(directory)
+    return [step for step in found if not manifest.problem(Path(directory, str(step)), contents=False)]
 
 
 def exists(directory: str | os.PathLike) -> bool:
     """Whether steps were ever written here, whole or damaged, set aside or not."""
-    directory = Path(directory).absolute()
-    return bool(_numbered(directory) or _numbered(directory / "quarantine"))
+    return bool(_numbered(directory) or _numbered(Path(directory, "quarantine")))
 
 
 def find(directory: str | os.PathLike, step: int | None = None, quarantine: bool = False) -> int:
@@ -194,23 +193,20 @@ def find(directory: str | os.PathLike, step: int | None = None, quarantine: bool
     directory = Path(directory).absolute()
     found = _numbered(directory)
     if step is not None and step not in found:
-        there = ", ".join(map(str, steps(directory))) or "none"
+        there = ", ".join(map(str, whole_steps(directory))) or "none"
         raise CheckpointError(f"no checkpoint of step {step} in {directory}; there are: {there}")
-    damaged, vanished = [], False
+    damaged = []
     for candidate in reversed(found) if step is None else [step]:
         folder = directory / str(candidate)
         problem = manifest.problem(folder)
         if problem is None:
             return candidate
         if not os.path.lexists(folder):  # superseded, just now, by the run that writes here
-            vanished = True
-            continue
+            return find(directory, step, quarantine)
         damaged.append(f"step {candidate}: {problem}")
         logging.warning("checkpoint %s is damaged and not used: %s", folder, problem)
         if quarantine:
-            _set_aside(directory, candidate)
-    if vanished:
-        return find(directory, step, quarantine)
+            _set_aside(folder)
     reasons = "; ".join(damaged) or "it holds no step"
     raise CheckpointError(
         f"no usable checkpoint in {directory}: {reasons}; use another step or another --workdir"
@@ -234,45 +230,13 @@ def restore(directory: str | os.PathLike, step: int, abstract_state: Any) -> Any
       CheckpointError: a path, shape or dtype differs: the message lists them, and nothing was loaded.
     """
     folder = Path(directory).absolute() / str(step)
-    stored = _load(
-        folder, "arrays"
-    )  # Orbax casts dtypes in silence, and knows a typed key by its integers only
-    _require_equal(folder, stored, _describe(abstract_state))
-
-    def target(leaf):
-        if _is_key(leaf):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
-        return np.empty(leaf.shape, leaf.dtype)
-
-    def finish(loaded, leaf):
-        if isinstance(leaf, np.ndarray):
-            return loaded
-        array = jax.device_put(loaded, jax.local_devices()[0])
-        return jax.random.wrap_key_data(array, impl=_key_impl(leaf)) if _is_key(leaf) else array
-
-    loaded = _load(folder, "state", jax.tree.map(target, abstract_state))
-    state = jax.tree.map(finish, loaded, abstract_state)
-    _require_equal(folder, stored, _describe(state))  # 64-bit numbers shrink without jax_enable_x64
+    # Orbax casts dtypes in silence, and knows a typed key by its integers only.
+    stored = _load(folder, "arrays")
+    _require_equal(folder, stored, contents.describe(abstract_state))
+    loaded = _load(folder, "state", contents.buffers(abstract_state))
+    state = contents.as_wanted(loaded, abstract_state)
+    _require_equal(folder, stored, contents.describe(state))  # 64-bit numbers shrink without jax_enable_x64
     return state
-
-
-def differences(stored: dict, current: dict) -> list[str]:
-    """One line for each value that differs between two nested JSON-able dicts, named by its dotted path."""
-    lines = []
-
-    def compare(path: tuple[str, ...], old: Any, new: Any) -> None:
-        mappings = [value for value in (old, new) if isinstance(value, dict)]
-        if any(mappings) and len(mappings) + [old, new].count(_ABSENT) == 2:
-            old, new = ({} if value is _ABSENT else value for value in (old, new))
-            for key in sorted(old.keys() | new.keys()):
-                compare((*path, key), old.get(key, _ABSENT), new.get(key, _ABSENT))
-            return
-        old_text, new_text = ("absent" if value is _ABSENT else json.dumps(value) for value in (old, new))
-        if old != new and old_text != new_text:  # NaN equals NaN, and 1 equals 1.0
-            lines.append(f"{'.'.join(path)}: {old_text} in the checkpoint, {new_text} now")
-
-    compare((), *(json.loads(json.dumps(value)) for value in (stored, current)))  # tuples become lists
-    return lines
 
 
 def _require_equal(folder: Path, stored: dict[str, str], wanted: dict[str, str]) -> None:
@@ -285,79 +249,47 @@ def _require_equal(folder: Path, stored: dict[str, str], wanted: dict[str, str])
         )
 
 
-def _is_key(leaf) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_impl(leaf):
-    """Of a key that may be there by its shape only, which `key_impl` takes inside a traced function."""
-    found = []
-    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
-    return found[0]
-
-
-def _plain(leaf: Any) -> np.ndarray:
-    """As Orbax takes it from one of several processes; a typed key as its integers."""
-    return np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-
-
-def _describe(state: Any) -> dict[str, str]:
-    """{path of a leaf: dtype and shape}, such as {"params/head/bias": "float32[10]", "rng": "key<fry>[]"}."""
-    described = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not hasattr(leaf, "dtype"):
-            raise TypeError(f"a checkpoint holds arrays only: {name} is a {type(leaf).__name__}.")
-        described[name] = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-    return described
-
-
 def _load(folder: Path, name: str, target: Any = None) -> Any:
+    """One item: the arrays of the tree `target`, or without it what was saved as JSON."""
+    wanted = args.JsonRestore() if target is None else args.PyTreeRestore(target)
     try:
-        with _orbax():
-            return ocp.load_checkpointables(folder, {name: target})[name]
+        with _orbax() as orbax:
+            return orbax.restore(folder, args.Composite(**{name: wanted}))[name]
     except Exception as error:
+        reason = f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
         if not folder.exists():
-            message = (
-                f"checkpoint {folder} is not there, or no longer: a running training keeps the newest only"
-            )
-            raise CheckpointError(message) from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {reason}") from error
+            reason = "is not there, or no longer: a running training keeps the newest only"
+        raise CheckpointError(f"checkpoint {folder} {reason}") from error
 
 
-def _orbax() -> ocp.Context:
-    registry = ocp.handlers.local_registry()
-    for name in ("run", "arrays"):  # else Orbax takes a dict of numbers for a pytree of arrays
-        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
-    context = ocp.Context()
+def _orbax() -> ocp.Checkpointer:
     # Of several processes one writes and reads; Orbax would else wait for the others.
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.active_processes = {jax.process_index()}
-    context.checkpointables.registry = registry
-    return context
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(use_zarr3=True, multiprocessing_options=alone),
+        run=ocp.JsonCheckpointHandler("data.json", multiprocessing_options=alone),
+        arrays=ocp.JsonCheckpointHandler("data.json", multiprocessing_options=alone),
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Logging filter: Orbax tells all it does, and an error, which `wait` raises, once for every thread."""
-    return record.levelno == logging.WARNING or "/orbax/checkpoint/" not in record.pathname
-
-
-def _numbered(directory: Path) -> list[int]:
-    if not directory.is_dir():
-        return []
+def _numbered(directory: str | os.PathLike) -> list[int]:
+    directory = Path(directory).absolute()
     with _resource_errors(directory):
-        names = [name for name in os.listdir(directory) if re.fullmatch("0|[1-9][0-9]*", name)]
+        names = os.listdir(directory) if directory.is_dir() else []
+        names = [name for name in names if re.fullmatch("0|[1-9][0-9]*", name)]
         return sorted(int(name) for name in names if (directory / name).is_dir())
 
 
-def _set_aside(directory: Path, step: int) -> None:
-    with _resource_errors(directory):
-        target = directory / "quarantine" / str(step)
+def _set_aside(folder: Path) -> None:
+    with _resource_errors(folder.parent):
+        target = folder.parent / "quarantine" / folder.name
         target.parent.mkdir(exist_ok=True)
         while os.path.lexists(target):
             target = target.with_name(target.name + "_")
-        os.rename(directory / str(step), target)
+        os.rename(folder, target)
 
 
 @contextlib.contextmanager

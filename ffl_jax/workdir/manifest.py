@@ -70,21 +70,17 @@ def _text(step: int, files: dict[str, list]) -> str:
     return json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1, sort_keys=True)
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _sizes(folder: Path, prefix: str = "") -> dict[str, int]:
     """{relative path: bytes} of the files below `folder`; OSError on a link, a pipe or a socket."""
     sizes = {}
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for parent, folders, files in os.walk(folder, onerror=fail):
-        for name in folders + files:
-            path = Path(parent, name)
-            status = path.lstat()
-            if stat.S_ISREG(status.st_mode):
-                sizes[path.relative_to(folder).as_posix()] = status.st_size
-            elif not stat.S_ISDIR(status.st_mode):
-                raise OSError(f"{path.relative_to(folder)} is a link or not a plain file")
+    for path in folder.iterdir():
+        name, status = f"{prefix}{path.name}", path.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            sizes |= _sizes(path, f"{name}/")
+        elif stat.S_ISREG(status.st_mode):
+            sizes[name] = status.st_size
+        else:
+            raise OSError(f"{name} is a link or not a plain file")
     return sizes
 
 
