@@ -1,6 +1,7 @@
 """The report on run folders written here by hand, with numbers that can be checked on paper."""
 
 import csv
+import dataclasses
 import html.parser
 import json
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from ffl_jax.data import base
@@ -15,6 +17,7 @@ from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
 from ffl_jax.models import NETWORKS
 from ffl_jax.reporting import cells, comparability, drawing, groups, published, report, runs, statistics
+from ffl_jax.workdir.files import write_json
 
 # Test top-1 of what is shipped, in percent, by seed. FFL: mean 55, deviation the root of (4 + 1 + 9) / 2.
 FFL = {0: 53.0, 1: 54.0, 2: 58.0}
@@ -35,14 +38,8 @@ CONFIG = {
 
 
 def scores(top1, parameters=1000, flops=2e6):
-    return {
-        "top1": top1 / 100,
-        "top5": 0.9,
-        "nll": 1.5,
-        "ece": 0.05,
-        "parameters": parameters,
-        "flops": flops,
-    }
+    own = {"top1": top1 / 100, "parameters": parameters, "flops": flops}
+    return own | {"top5": 0.9, "nll": 1.5, "ece": 0.05}
 
 
 def write_run(folder, method="ffl", seed=0, top1=53.0, new=False, status="completed", **settings):
@@ -77,25 +74,18 @@ def write_run(folder, method="ffl", seed=0, top1=53.0, new=False, status="comple
         if new:
             line |= {"diversity/disagreement": 0.2, "diversity/kl": 0.1, "diversity/cka": 0.9}
     if new:
-        bins = {
-            "count": [0] * 13 + [10, 30],
-            "confidence": [0] * 13 + [0.9, 0.97],
-            "accuracy": [0] * 13 + [0.8, 0.9],
-        }
+        filled = {"count": [10, 30], "confidence": [0.9, 0.97], "accuracy": [0.8, 0.9]}
+        bins = {key: [0] * 13 + last for key, last in filled.items()}
+        best = {"step": 10, "epoch": 1.0, "validation_top1": 0.6}
         summary |= {
             "reliability": {name: bins for name in predictors},
             "diversity": {"disagreement": 0.25, "kl": 0.125, "cka": 0.75},
             "training": {"flops": 2e15, "seconds": 5025.0 + 60 * seed},
             "fingerprint": "0123456789abcdef",
-            "best": {
-                "step": 10,
-                "epoch": 1.0,
-                "validation_top1": 0.6,
-                "predictors": {"sub_0": scores(top1 - 5)},
-            },
+            "best": best | {"predictors": {"sub_0": scores(top1 - 5)}},
         }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "summary.json").write_text(json.dumps(summary))
+    write_json(folder / "config.json", config)
+    write_json(folder / "summary.json", summary)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -117,7 +107,7 @@ def written(tmp_path_factory):
 
 
 def rows_of(folder):
-    with open(folder / "results.csv", newline="") as file:
+    with open(folder / "results.csv", newline="", encoding="utf-8") as file:
         return {(row["method"], row["prediction"]): row for row in csv.DictReader(file)}
 
 
@@ -149,9 +139,8 @@ def test_the_interval_follows_the_printed_table_of_t(count, quantile):
 
 
 def test_too_few_pairs():
-    assert statistics.paired_difference({0: 3.0, 1: 1.0}, {0: 1.0}) == statistics.Difference(
-        2.0, None, None, 1
-    )
+    one = statistics.paired_difference({0: 3.0, 1: 1.0, 2: 3.0}, {0: 1.0, 2: None})
+    assert one == statistics.Difference(2.0, None, None, 1)
     assert statistics.paired_difference({0: 3.0}, {1: 1.0}) is None
     assert not statistics.Difference(2.0, None, None, 1).clear
     assert statistics.Difference(2.0, 0.1, 3.9, 3).clear
@@ -167,7 +156,7 @@ def test_a_folder_of_runs_seeds_and_a_run_named_twice(tmp_path):
         write_run(joint / f"seed_{seed}", seed=seed)
         write_run(joint / f"seed_{seed}" / "teachers" / "0", seed=seed)  # belongs to its student
     shutil.copy(joint / "seed_1" / "config.json", joint)
-    (joint / "summary.json").write_text(json.dumps({"status": "completed", "seed": [1, 2]}))
+    write_json(joint / "summary.json", {"status": "completed", "seed": [1, 2]})
     found, unusable, damaged = runs.read([tmp_path / "runs", joint, joint / "seed_2"])
     assert sorted(run.folder.name for run in found) == ["ffl_seed0", "seed_1", "seed_2"]
     assert (unusable, damaged) == ([], {})
@@ -177,9 +166,8 @@ def test_a_folder_of_runs_seeds_and_a_run_named_twice(tmp_path):
 
 def damage(folder, **changes):
     """Changes a summary; None takes the key out."""
-    summary = json.loads((folder / "summary.json").read_text()) | changes
-    kept = {key: value for key, value in summary.items() if value is not None}
-    (folder / "summary.json").write_text(json.dumps(kept))
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8")) | changes
+    write_json(folder / "summary.json", {key: x for key, x in summary.items() if x is not None})
 
 
 @pytest.mark.parametrize(
@@ -213,7 +201,7 @@ def test_a_run_that_cannot_be_used_is_named_and_left_out(tmp_path, break_it, rea
 def test_damaged_lines_of_metrics_are_left_out(tmp_path):
     folder = write_run(tmp_path / "a")
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('[1]\n{"step": 30, "ep')
+        file.write('[1]\n{}\n{"step": 30, "ep')  # the last is being written
     (run,), _, damaged = runs.read([folder])
     assert len(run.metrics) == 4
     assert damaged == {folder: "2 damaged line(s)"}
@@ -226,6 +214,9 @@ def test_damaged_extras_count_as_missing(tmp_path):
     damage(runs_folder / "ffl_seed0", reliability="x", diversity=[], training=3, best={"predictors": 1})
     damage(runs_folder / "ffl_seed1", reliability={"sub_0": {"count": [1], "confidence": []}}, versions=[1])
     damage(runs_folder / "ffl_seed2", training={"flops": "many", "seconds": float("inf")}, fingerprint=4)
+    for seed in ALONE:
+        shown = {"ensemble": {"flops": "many"}, "sub_0": {"top1": ALONE[seed] / 100, "flops": "many"}}
+        damage(runs_folder / f"independent_seed{seed}", predictors=shown)
     with open(runs_folder / "ffl_seed0" / "metrics.jsonl", "a") as file:
         file.write('{"step": 30, "epoch": 3.0, "split": "test", "sub_0/top1": "good"}\n')
     report.write([runs_folder], tmp_path / "out")
@@ -289,17 +280,9 @@ def test_alike_runs_give_no_warning(tmp_path):
         ("epochs", 3, "`epochs`: 2 in ffl, independent seed 0, 1; 3 in independent seed 2."),
         ("batch_size", 32, "`batch_size`: 64 in ffl, independent seed 0, 1; 32 in independent seed 2."),
         ("precision", "bfloat16", "`precision`: float32 in ffl, independent seed 0, 1; bfloat16 in"),
-        (
-            "data__flip",
-            False,
-            "`data.flip`: True in ffl, independent seed 0, 1; False in independent seed 2.",
-        ),
+        ("data__flip", False, "`data.flip`: True in ffl, independent seed 0, 1; False in independent"),
         ("optimizer__learning_rate", 0.05, "`optimizer.learning_rate`: 0.1 in"),
-        (
-            "method__temperature",
-            4.0,
-            "`method.temperature`: 3 in independent seed 0, 1; 4 in independent seed 2.",
-        ),
+        ("method__temperature", 4.0, "`method.temperature`: 3 in independent seed 0, 1; 4 in independent"),
         ("optimizer_rules", [[".*", {}]], "`optimizer_rules`: () in independent seed 0, 1;"),
         ("subnetworks__shared_stages", 0, "`subnetworks.shared_stages`: 2 in independent seed 0, 1; 0 in"),
     ],
@@ -331,9 +314,8 @@ def test_what_may_differ_does(tmp_path, setting, value):
 
 def test_notes_on_the_methods_own(tmp_path):
     for seed in (0, 1):
-        write_run(
-            tmp_path / f"ffl{seed}", "ffl", seed, optimizer_rules=[["x", {}]], subnetworks__shared_stages=1
-        )
+        own = {"optimizer_rules": [["x", {}]], "subnetworks__shared_stages": 1}
+        write_run(tmp_path / f"ffl{seed}", "ffl", seed, **own)
         write_run(tmp_path / f"alone{seed}", "independent", seed)
     damage(tmp_path / "ffl0", device="1 x H100")
     warnings, notes = check(tmp_path)
@@ -367,12 +349,10 @@ def test_image_folders_of_early_versions_are_told_apart_by_their_place(tmp_path)
 
 def test_the_baseline_is_the_same_network(tmp_path):
     """Two plain networks in one run stand for one; other networks do not."""
+    one, both = ["resnet32"], ["resnet32", "wrn16_2"]
     for name, method, names in (
-        ("a", "independent", ["resnet32"]),
-        ("b", "independent", ["resnet32", "wrn16_2"]),
-        ("c", "ffl", ["resnet32", "wrn16_2"]),
-        ("d", "kd", ["wrn16_2"]),
-        ("e", "dml", ["resnet32"]),
+        *(("a", "independent", one), ("b", "independent", both), ("c", "ffl", both)),
+        *(("d", "kd", both[1:]), ("e", "dml", one)),
     ):
         damage(write_run(tmp_path / name, method), networks=names)
     found, unusable, _ = runs.read([tmp_path])
@@ -382,18 +362,101 @@ def test_the_baseline_is_the_same_network(tmp_path):
     assert bases == {"a": None, "b": None, "c": by_folder["b"], "d": None, "e": by_folder["a"]}
 
 
+# -- predictions -------------------------------------------------------------------------------------------
+
+
+def test_names_tell_the_roles_in_early_versions(tmp_path):
+    """Whatever stands in place of them; where one alone is damaged, only that one is guessed."""
+    expected = {
+        "ema_fused": ("fused", None),
+        "ema_1": ("network", "y"),
+        "ensemble": ("ensemble", None),
+        "fused": ("fused", None),
+        "leader": ("network", "z"),
+        "sub_1": ("network", "y"),
+        "sub_7": ("network", "x"),
+        "student": ("network", "x"),
+        "teacher_ensemble": ("teacher", None),
+    }
+    folder = write_run(tmp_path / "a")
+    damage(folder, networks=["x", "y", "z"], predictors={name: scores(50) for name in expected})
+    damage(folder, deploy="sub_1")
+
+    def roles():
+        (run,), *_ = runs.read([folder])
+        return {name: (role["kind"], role["network"]) for name, role in run.roles.items()}
+
+    for given in (None, 3, [], {"sub_1": 3, "ema_1": {"kind": []}, "alpha": {"kind": "teacher"}}):
+        damage(folder, roles=given)
+        assert roles() == expected
+        assert list(roles()).index("fused") < list(roles()).index("ema_fused")
+    damage(folder, roles={"sub_1": {"kind": "network"}, "leader": {"kind": "teacher", "network": None}})
+    assert roles() == expected | {"leader": ("teacher", None)}
+
+
+ROLES = {
+    "alpha": {"kind": "network", "network": "wrn16_2"},
+    "beta": {"kind": "network", "network": "resnet32"},
+    "blend": {"kind": "ensemble", "network": None},
+    "all": {"kind": "ensemble", "network": None},
+    "brew": {"kind": "fused", "network": None},
+    "old_master": {"kind": "teacher", "network": None},
+}
+
+
+@pytest.fixture
+def own_names(tmp_path, monkeypatch):
+    """(A report on a method with the predictions above, [(label, x)] of the dots in its pictures).
+
+    `alpha` has the top-1 of FFL, and every further one, from A to Z, a point more.
+    """
+    for seed, top1 in FFL.items():
+        folder = write_run(tmp_path / "runs" / f"own{seed}", "kdcl", seed)
+        others = enumerate(sorted(ROLES.keys() - {"alpha"}), 1)
+        shown = {"alpha": scores(top1)} | {name: scores(top1 + i, flops=3e6 * i) for i, name in others}
+        damage(folder, networks=["resnet32", "wrn16_2"], predictors=shown, deploy="alpha", roles=ROLES)
+        folder = write_run(tmp_path / "runs" / f"alone{seed}", "independent", seed)
+        damage(folder, networks=["wrn16_2"], predictors={"only": scores(ALONE[seed])}, deploy="only")
+    figure = published.lookup("cifar10", "resnet32", "ffl")[0]
+    figures = {("cifar10", "wrn16_2", "kdcl"): [dataclasses.replace(figure, prediction="ensemble")]}
+    monkeypatch.setattr(published, "lookup", lambda *key: figures.get(key, []))
+    dots, scatter = [], Axes.scatter
+
+    def watched(axes, x, y, **options):
+        dots.append((options.get("label"), x))
+        return scatter(axes, x, y, **options)
+
+    monkeypatch.setattr(Axes, "scatter", watched)
+    report.write([tmp_path / "runs"], tmp_path / "out")
+    return tmp_path / "out", dots
+
+
+def test_a_methods_own_names_come_out_as_what_they_are(own_names):
+    folder, dots = own_names
+    text = (folder / "report.md").read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    assert (
+        "| kdcl | resnet32 + wrn16_2 | alpha | 55.00 ± 2.65 | +3.00 [+0.52, +5.48], n = 3 | 3 | 2 |" in text
+    )
+    networks, ensembles = "alpha 55.00 ± 2.65, beta 57.00 ± 2.65", "all 56.00 ± 2.65, blend 58.00 ± 2.65"
+    assert f"| kdcl | {networks} | {ensembles} | brew 59.00 ± 2.65 | old_master 60.00 ± 2.65 |" in text
+    assert "| kdcl | wrn16_2 | ensemble | 58.00 ± 2.65 | 2 | 94.01 ± 0.11 [1]†" in text
+    rows = rows_of(folder)
+    names = ["alpha", "beta", "all", "blend", "brew", "old_master"]
+    assert [name for method, name in rows if method == "kdcl"] == names
+    assert [name for name in names if rows["kdcl", name]["published_percent"]] == ["blend"]
+    assert float(rows["kdcl", "alpha"]["difference_mean"]) == pytest.approx(0.03)
+    marks = [dot for dot in dots if dot[0] in ("ensemble", "fused")]
+    assert marks == 2 * [("ensemble", pytest.approx(58)), ("fused", pytest.approx(59))]  # light and dark
+    assert {len(x) for label, x in dots if label == "others"} == {4}  # no teacher
+
+
 # -- published figures -------------------------------------------------------------------------------------
 
 
 def test_published_figures_by_dataset_network_and_method():
     (ffl,) = published.lookup("cifar10", "resnet32", "ffl")
-    assert (ffl.top1, ffl.std, ffl.epochs, ffl.prediction, ffl.second_hand) == (
-        94.01,
-        0.11,
-        300,
-        "network",
-        True,
-    )
+    assert (ffl.top1, ffl.std, ffl.epochs) == (94.01, 0.11, 300)
+    assert (ffl.prediction, ffl.second_hand) == ("network", True)
     assert "AAAI 2021" in ffl.source.citation
     ffsd = published.lookup("cifar100", "resnet32", "ffsd")[0]  # of 74.92, 74.82 and 74.82
     assert (ffsd.top1, ffsd.std, ffsd.runs, ffsd.selection) == (74.85, 0.06, 3, "best")
@@ -404,9 +467,8 @@ def test_published_figures_by_dataset_network_and_method():
 
 def test_every_published_row_can_be_met():
     rows = published._figures()
-    assert len(
-        {(row.dataset, row.network, row.method, row.prediction, row.source.key, row.top1) for row in rows}
-    ) == len(rows)
+    keys = [(x.dataset, x.network, x.method, x.prediction, x.source.key, x.top1) for x in rows]
+    assert len(set(keys)) == len(rows)
     for row in rows:
         assert row.dataset in {"cifar10", "cifar100", "imagenet2012", *base.SOURCES}
         assert row.network in NETWORKS, row
@@ -423,7 +485,7 @@ def test_every_published_row_can_be_met():
 
 
 def test_markdown(written):
-    text = (written / "new" / "report.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    text = (written / "new" / "report.md").read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
     lines = text.splitlines()
     # 3 ± 4.303 / sqrt(3) = 3 ± 2.484
     ffl = "| ffl | resnet32 × 2 | sub_0 | 55.00 ± 2.65 | 50.00 ± 2.65 | +3.00 [+0.52, +5.48], n = 3 "
@@ -448,7 +510,7 @@ def test_markdown(written):
 
 
 def test_what_early_versions_did_not_record_is_left_out_and_said(written):
-    text = (written / "old" / "report.md").read_text()
+    text = (written / "old" / "report.md").read_text(encoding="utf-8")
     assert "| ffl | resnet32 × 2 | sub_0 | 55.00 ± 2.65 | +3.00 [+0.52, +5.48], n = 3 |" in text
     assert "Empty, and left out: chosen by validation, %." in text
     assert "Empty, and left out: training FLOPs; training time; disagreement %; KL; CKA." in text
@@ -459,9 +521,8 @@ def test_what_early_versions_did_not_record_is_left_out_and_said(written):
 
 def test_csv_has_every_number_unrounded(written):
     rows = rows_of(written / "new")
-    assert list(rows) == [
-        (method, name) for method in ("ffl", "independent") for name in ("sub_0", "sub_1", "ensemble")
-    ]
+    names = ("sub_0", "sub_1", "ensemble")
+    assert list(rows) == [(method, name) for method in ("ffl", "independent") for name in names]
     ffl = rows["ffl", "sub_0"]
     expected = {  # of the seeds' numbers above, by hand
         "top1_mean": 0.55,
@@ -563,9 +624,9 @@ def test_page_in_a_browser(written, browse, tmp_path):
 
 def test_the_browser_would_tell(written, browse, tmp_path):
     """The same eyes on a page with an error, a request and something wide."""
-    page = (written / "old" / "index.html").read_text()
+    page = (written / "old" / "index.html").read_text(encoding="utf-8")
     wrong = '<img src="http://outside.invalid/a.png" style="width: 900px"><script>nonsense()</script></body>'
-    (tmp_path / "index.html").write_text(page.replace("</body>", wrong))
+    (tmp_path / "index.html").write_text(page.replace("</body>", wrong), encoding="utf-8")
     found, console = browse(tmp_path / "index.html", tmp_path / "profile")
     assert "nonsense is not defined" in console[0]
     assert found["requests"] == ["http://outside.invalid/a.png"]
@@ -586,7 +647,7 @@ def test_page_holds_all_that_it_shows(written):
         def handle_endtag(self, tag):
             assert open_tags.pop() == tag
 
-    page = (written / "new" / "index.html").read_text()
+    page = (written / "new" / "index.html").read_text(encoding="utf-8")
     Parser(convert_charrefs=True).feed(page)
     assert open_tags == []
     assert len(sources) == 13  # six figures, light and dark, and the icon
@@ -599,7 +660,7 @@ def test_text_from_files_is_no_markup(tmp_path):
     for seed in (0, 1):
         damage(write_run(tmp_path / "runs" / str(seed), seed=seed), dataset="<script>x|y", device="`<b>`")
     report.write([tmp_path / "runs"], tmp_path / "out")
-    page = (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert "<script>x" not in page
     assert "<b>" not in page
     assert (tmp_path / "out" / "_script_x_y_accuracy.png").exists()
@@ -609,22 +670,18 @@ def test_text_from_files_is_no_markup(tmp_path):
 
 
 def test_command(commands, tmp_path):
+    """Where texts are ASCII unless somebody says otherwise."""
     write_run(tmp_path / "runs" / "a", seed=0)
-    write_run(tmp_path / "runs" / "b", seed=1)
-    result = commands.run("-m", "ffl_jax.report", "runs/a", "--output=out", "runs/b", cwd=tmp_path)
-    assert result.stdout.startswith(
-        "written to out: report.md, results.csv, index.html, cifar10_accuracy.png"
-    )
+    write_run(tmp_path / "runs" / "b", seed=1, top1=54)
+    arguments = ("runs/a", "--output=out", "runs/b")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = commands.run("-m", "ffl_jax.report", *arguments, cwd=tmp_path, env=ascii_only)
+    pictures = [f"cifar10_{name}.png" for name in ("accuracy", "curves", "losses", "cost")]
+    assert result.stdout.startswith(f"written to out: report.md, results.csv, index.html, {pictures[0]}")
     assert "2 finished runs" in result.stderr
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == sorted(
-        [
-            "report.md",
-            "results.csv",
-            "index.html",
-            *(f"cifar10_{name}.png" for name in ("accuracy", "curves", "losses", "cost")),
-        ]
-    )
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.md", "results.csv", "index.html", *pictures}
+    assert "53.50 ± 0.71" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

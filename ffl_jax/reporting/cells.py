@@ -16,10 +16,6 @@ class Cell:
     text: str
     value: float | None = None
 
-    @property
-    def empty(self) -> bool:
-        return self.text == NONE
-
 
 @dataclass(frozen=True)
 class Table:
@@ -42,13 +38,11 @@ class Table:
         return [any(row[i].value is not None for row in self.rows) for i in range(len(self.columns))]
 
 
-def without_empty(title: str, caption: str, columns: list[str], rows: list[list[Cell]]) -> Table:
-    """The table without the columns in which no row has anything."""
-    kept = [i for i in range(len(columns)) if not all(row[i].empty for row in rows)]
-    left_out = [columns[i] for i in range(len(columns)) if i not in kept]
-    return Table(
-        title, caption, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows], left_out
-    )
+def without_empty(title: str, caption: str, rows: list[dict[str, Cell]]) -> Table:
+    """A table of rows {column: cell}, without the columns in which no row has anything."""
+    empty = [column for column in rows[0] if all(row[column].text == NONE for row in rows)]
+    columns = [column for column in rows[0] if column not in empty]
+    return Table(title, caption, columns, [[row[column] for column in columns] for row in rows], empty)
 
 
 def percent(one: Spread | None) -> Cell:
@@ -87,13 +81,9 @@ def duration(seconds: float) -> str:
 
 def markdown(table: Table) -> str:
     """The table in GitHub's Markdown."""
-    right = table.numeric
-    lines = [
-        _line(table.columns),
-        _line(["---:" if numeric else "---" for numeric in right]),
-        *(_line([escape(cell.text) for cell in row]) for row in table.rows),
-    ]
-    return "\n".join(lines)
+    lines = [table.columns, ["---:" if numeric else "---" for numeric in table.numeric]]
+    lines += [[escape(cell.text) for cell in row] for row in table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def escape(text: str) -> str:
@@ -101,7 +91,3 @@ def escape(text: str) -> str:
     for character in "\\|*<`":
         text = text.replace(character, f"\\{character}")
     return text
-
-
-def _line(cells):
-    return f"| {' | '.join(cells)} |"

@@ -4,12 +4,12 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from ffl_jax.reporting.groups import BASELINE, Group, baseline
-from ffl_jax.reporting.runs import Run
+from ffl_jax.reporting.runs import FinishedRun
 from ffl_jax.training.config import FREE_DATA_KEYS, FREE_KEYS, flatten
 
 # What does not change the numbers of a run, or has its own column.
 _IGNORED = ("seed", "num_seeds", "subnetworks.network")
-_IGNORED += ("subnetworks.execution", "subnetworks.vectorize", "subnetworks.remat", "teachers.runs")
+_IGNORED += ("subnetworks.execution", "subnetworks.remat", "teachers.runs")
 _IGNORED += tuple(f"data.{key}" for key in FREE_DATA_KEYS)
 # What methods rightly choose for themselves; the seeds of one method must agree in it all the same.
 _OWN = ("method.", "optimizer_rules", "subnetworks.", "teachers.")
@@ -39,38 +39,30 @@ def check(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
       (warnings: what makes rows or seeds unlike, and who; notes: what belongs to the methods). Keys stand
       between backticks.
     """
-    runs = [run for group in groups for run in group.runs]
-    warnings = _seeds(groups)
-    settings = {run.folder: _settings(run) for run in runs}
-    keys = sorted({key for values in settings.values() for key in values})
+    settings = {run.folder: _settings(run) for group in groups for run in group.runs}
     # `epochs` and such first, then section by section.
-    for key in sorted(keys, key=lambda key: ("." in key, key)):
+    keys = sorted({key for values in settings.values() for key in values}, key=lambda key: ("." in key, key))
+
+    def differing(key, groups=groups):
+        return _differing(key, groups, lambda run: settings[run.folder].get(key))
+
+    warnings = _seeds(groups)
+    for key in keys:
         if key.startswith(_OWN):
-            for group in groups:
-                text = _differing(key, [group], lambda run, key=key: settings[run.folder].get(key))
-                if text:
-                    warnings.append(f"{text} One row mixes them.")
+            warnings += [f"{text} One row mixes them." for one in groups for text in differing(key, [one])]
         else:
-            warnings += filter(
-                None, [_differing(key, groups, lambda run, key=key: settings[run.folder].get(key))]
-            )
+            warnings += differing(key)
     warnings += _data(groups)
     for package in _VERSIONS:
         of = lambda run, package=package: run.summary.get("versions", {}).get(package)  # noqa: E731
-        warnings += filter(None, [_differing(f"versions.{package}", groups, of)])
-    notes = []
-    for key in keys:
-        if key.startswith(_TOLD):
-            notes += filter(
-                None, [_differing(key, groups, lambda run, key=key: settings[run.folder].get(key))]
-            )
+        warnings += _differing(f"versions.{package}", groups, of)
+    notes = [text for key in keys if key.startswith(_TOLD) for text in differing(key)]
     ruled = [group for group in groups if any(run.config.get("optimizer_rules") for run in group.runs)]
     if ruled and len(ruled) < len(groups):
         names = ", ".join(name(group, groups) for group in ruled)
         notes.append(f"`optimizer_rules`: {names} set some parameters' optimiser apart, the others do not.")
     device = _differing("device", groups, lambda run: run.summary.get("device"))
-    if device:
-        notes.append(f"{device} Times and images/s do not compare between devices.")
+    notes += [f"{text} Times and images/s do not compare between devices." for text in device]
     return warnings, notes
 
 
@@ -113,29 +105,26 @@ def _seeds(groups: Sequence[Group]) -> list[str]:
     return found
 
 
-def _settings(run: Run) -> dict:
-    values = flatten(run.config)
+def _settings(run: FinishedRun) -> dict:
     free = set(FREE_KEYS) - {"epochs"}
     return {
         key: value
-        for key, value in values.items()
+        for key, value in flatten(run.config).items()
         if key.partition(".")[0] not in free and not key.startswith(_IGNORED)
     }
 
 
 def _data(groups: Sequence[Group]) -> list[str]:
     """Whether datasets of one name are one: by fingerprints, image folders of old runs by their place."""
-    runs = [run for group in groups for run in group.runs]
-    found = [_differing("fingerprint", groups, lambda run: run.summary.get("fingerprint", "")[:12] or None)]
-    if groups[0].dataset == "folder" and not all("fingerprint" in run.summary for run in runs):
-        found.append(
-            _differing("data.data_dir", groups, lambda run: flatten(run.config).get("data.data_dir"))
-        )
-    return list(filter(None, found))
+    found = _differing("fingerprint", groups, lambda run: run.summary.get("fingerprint", "")[:12] or None)
+    told = all("fingerprint" in run.summary for group in groups for run in group.runs)
+    if groups[0].dataset == "folder" and not told:
+        found += _differing("data.data_dir", groups, lambda run: flatten(run.config).get("data.data_dir"))
+    return found
 
 
-def _differing(key: str, groups: Sequence[Group], value_of: Callable[[Run], object]) -> str | None:
-    """Says who has which value of a key; None where all that have recorded it agree."""
+def _differing(key: str, groups: Sequence[Group], value_of: Callable[[FinishedRun], object]) -> list[str]:
+    """Says who has which value of a key; nothing where all that have recorded it agree."""
     values = defaultdict(list)
     for group in groups:
         for run in group.runs:
@@ -143,24 +132,22 @@ def _differing(key: str, groups: Sequence[Group], value_of: Callable[[Run], obje
             if value is not None:
                 values[_text(value)].append(run)
     if len(values) < 2:
-        return None
+        return []
     ordered = sorted(values.items(), key=lambda item: (-len(item[1]), item[0]))
     total = sum(len(group.runs) for group in groups)
     parts = [f"{_short(text)} in {_who(runs, groups)}" for text, runs in ordered]
     everyone = sum(map(len, values.values())) == total
     if everyone and 2 * len(ordered[0][1]) > total and len(groups) > 2:
         parts = [*parts[1:], f"{_short(ordered[0][0])} in all others"]
-    return f"`{key}`: {'; '.join(parts)}."
+    return [f"`{key}`: {'; '.join(parts)}."]
 
 
-def _who(runs: Sequence[Run], groups: Sequence[Group]) -> str:
+def _who(runs: Sequence[FinishedRun], groups: Sequence[Group]) -> str:
     parts, folders = [], {run.folder for run in runs}
     for group in groups:
         seeds = [run.seed for run in group.runs if run.folder in folders]
-        if not seeds:
-            continue
         some = f" seed {', '.join(map(str, seeds))}" if len(seeds) < len(group.runs) else ""
-        parts.append(name(group, groups) + some)
+        parts += [name(group, groups) + some] if seeds else []
     return ", ".join(parts)
 
 

@@ -42,27 +42,13 @@ DARK = Theme(
 
 def render(function: Callable, groups: Sequence[Group], theme: Theme) -> bytes | None:
     """The PNG of what `function(groups, theme)` draws, or None where it draws nothing."""
-    settings = {
-        "font.size": 9,
-        "axes.titlesize": 9.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": theme.faint,
-        "grid.linewidth": 0.6,
-        "axes.edgecolor": theme.faint,
-        "axes.facecolor": theme.paper,
-        "figure.facecolor": theme.paper,
-        "savefig.facecolor": theme.paper,
-        "text.color": theme.text,
-        "axes.labelcolor": theme.text,
-        "axes.titlecolor": theme.text,
-        "xtick.color": theme.text,
-        "ytick.color": theme.text,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-    }
+    settings = {"font.size": 9, "axes.titlesize": 9.5, "legend.fontsize": 8, "grid.linewidth": 0.6}
+    settings |= dict.fromkeys(("axes.grid", "axes.axisbelow"), True)
+    settings |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
+    settings |= dict.fromkeys(("grid.color", "axes.edgecolor"), theme.faint)
+    settings |= dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), theme.paper)
+    texts = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    settings |= dict.fromkeys(texts, theme.text)
     with matplotlib.rc_context(settings):
         figure = function(groups, theme)
         if figure is None:
@@ -72,29 +58,27 @@ def render(function: Callable, groups: Sequence[Group], theme: Theme) -> bytes |
     return data.getvalue()
 
 
-def small_multiples(groups: Sequence[Group], height: float, **sharing):
+def small_multiples(groups: Sequence[Group], height: float):
     """(figure, [(group, axes)]), the best group first; places that are not used are empty."""
     ordered = sorted(groups, key=lambda group: -group.top1)
     columns = min(5 if len(ordered) > 8 else 4, len(ordered))
     rows = math.ceil(len(ordered) / columns)
     width = WIDTH if columns > 3 else 1 + 2.6 * columns
     figure = Figure(figsize=(width, height * rows + 0.5), layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False, **sharing).flat
-    pairs = []
-    for i, axes in enumerate(places):
-        if i < len(ordered):
-            pairs.append((ordered[i], axes))
-            axes.set_title(comparability.name(ordered[i], groups), loc="left", fontweight="bold")
-            if i + columns >= len(ordered):
-                axes.tick_params(labelbottom=True)
-        else:
-            axes.set_visible(False)
+    places = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for axes in places[len(ordered) :]:
+        axes.set_visible(False)
+    pairs = list(zip(ordered, places, strict=False))
+    for group, axes in pairs:
+        axes.set_title(comparability.name(group, groups), loc="left", fontweight="bold")
+    for _, axes in pairs[-columns:]:  # with nothing below them
+        axes.tick_params(labelbottom=True)
     return figure, pairs
 
 
-def draw_line(axes, curve, color, label, factor=1.0, style="-", band=True, **options):
-    """Draws the mean over runs of a `Group.curve`, times `factor`, with a band of one deviation."""
-    epochs, values = curve[0], factor * curve[1]
+def draw_line(axes, curve, color, label, style="-", band=True, **options):
+    """Draws the mean over runs of a `Group.curve`, with a band of one deviation."""
+    epochs, values = curve
     mean = values.mean(axis=0)
     marker = "o" if len(epochs) < 12 else None
     axes.plot(

@@ -1,6 +1,6 @@
 """The figures of a report, each in a light and a dark form."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from ffl_jax.methods.base import ENSEMBLE, FUSED, TEACHER
 from ffl_jax.reporting import comparability
 from ffl_jax.reporting.drawing import (
     DARK,
@@ -72,14 +73,14 @@ def _accuracy(groups: Sequence[Group], theme: Theme) -> Figure:
     figure = Figure(figsize=(WIDTH, 1.1 + 0.3 * len(groups)), layout="constrained")
     both = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2)) if compared else [figure.subplots()]
     left = both[0]
-    marks = {"ensemble": "s", "fused": "D"}
+    marks = {ENSEMBLE: "s", FUSED: "D"}
     for y, group in enumerate(ordered):
         color = theme.reference if group.method == BASELINE else theme.accent
-        for prediction, marker in marks.items():
-            if prediction in group.predictions and prediction != group.shipped:
-                mean = 100 * group.spread(prediction, "top1").mean
+        for kind, marker in marks.items():
+            others = [name for name in group.of_kind(kind) if name != group.shipped]
+            if top1 := others and group.spread(others[0], "top1"):
                 style = {"marker": marker, "s": 26, "facecolors": "none", "edgecolors": theme.second}
-                left.scatter(mean, y, **style, linewidths=1.1, zorder=2, label=prediction)
+                left.scatter(100 * top1.mean, y, **style, linewidths=1.1, zorder=2, label=kind)
         values = 100 * np.array(group.scores(group.shipped, "top1"), float)
         left.scatter(values, [y] * len(values), s=16, color=color, alpha=0.55, linewidths=0, label="one seed")
         left.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2.4, label="mean, shipped")
@@ -99,88 +100,92 @@ def _accuracy(groups: Sequence[Group], theme: Theme) -> Figure:
 def _differences(axes, ordered, references, theme):
     axes.axvline(0, color=theme.reference, linewidth=1, linestyle="--", zorder=1)
     for y, (group, reference) in enumerate(zip(ordered, references, strict=True)):
-        one = difference(group, reference) if reference else None
+        one = reference and difference(group, reference)
         if one is None:
             continue
         color = theme.accent if one.clear else theme.reference
         if one.low is not None:
-            axes.plot(
-                [100 * one.low, 100 * one.high], [y, y], color=color, linewidth=1.8, solid_capstyle="round"
-            )
+            ends = [100 * one.low, 100 * one.high]
+            axes.plot(ends, [y, y], color=color, linewidth=1.8, solid_capstyle="round")
         axes.plot(100 * one.mean, y, "o", color=color, markersize=5)
     axes.tick_params(labelleft=False, left=False)
     axes.set(title="Against independent: mean, 95 % interval", xlabel="points")
 
 
 def _accuracy_curves(groups: Sequence[Group], theme: Theme) -> Figure | None:
-    """A panel for each group, with independent training behind it."""
-    curves = {id(group): group.curve("test", f"{group.shipped}/top1") for group in groups}
-    if not any(curves.values()):
-        return None
-    figure, pairs = small_multiples(groups, 1.75, sharex=True, sharey=True)
-    for group, axes in pairs:
+    """With independent training behind each."""
+
+    def lines(group):
         reference = baseline(group, groups)
-        behind = reference and reference.curve("test", "sub_0/top1")
-        if behind:
-            draw_line(axes, behind, theme.reference, BASELINE, 100, "--", band=False, zorder=1)
-        if curves[id(group)]:
-            color = theme.reference if group.method == BASELINE else theme.accent
-            draw_line(axes, curves[id(group)], color, "shipped: mean ± std over seeds", 100)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    pairs[0][1].set_xlim(left=0)
-    late = late_values(list(curves.values()))
-    if late is not None:
-        pairs[0][1].set_ylim(bottom=max(0, 100 * (late.min() - 0.1 * np.ptp(late))))
-    return labelled(figure, pairs, "epoch", "test top-1, %")
+        if reference:
+            behind = {"style": "--", "band": False, "zorder": 1}
+            yield reference, "test", {"color": theme.reference, "label": BASELINE} | behind
+        color = theme.reference if group.method == BASELINE else theme.accent
+        yield group, "test", {"color": color, "label": "shipped: mean ± std over seeds"}
+
+    return _curves(groups, lines, "top1", 100, "test top-1, %", "bottom")
 
 
 def _loss_curves(groups: Sequence[Group], theme: Theme) -> Figure | None:
     splits = {"train": (theme.second, "training images, augmented"), "test": (theme.accent, "test images")}
-    curves = {
-        id(group): {split: group.curve(split, f"{group.shipped}/nll") for split in splits} for group in groups
-    }
-    if not any(curve for both in curves.values() for curve in both.values()):
-        return None
-    figure, pairs = small_multiples(groups, 1.75, sharex=True, sharey=True)
-    for group, axes in pairs:
+
+    def lines(group):
         for split, (color, label) in splits.items():
-            if curves[id(group)][split]:
-                draw_line(axes, curves[id(group)][split], color, f"{label}: mean ± std over seeds")
+            yield group, split, {"color": color, "label": f"{label}: mean ± std over seeds"}
+
+    return _curves(groups, lines, "nll", 1, "cross-entropy, nats", "top")
+
+
+def _curves(groups, lines: Callable, score: str, factor: float, label: str, side: str) -> Figure | None:
+    """A panel for each group, of what groups ship over the epochs; None where nothing is recorded.
+
+    Args:
+      lines: group -> (group, split, options of `draw_line`) of each line in its panel.
+      score, factor, label: what is shown, times which factor, and how the axis calls it.
+      side: "top" or "bottom", where long curves may begin outside.
+    """
+    drawn = {}
+    for group in groups:
+        curves = [
+            (one.curve(split, f"{one.shipped}/{score}", factor), look) for one, split, look in lines(group)
+        ]
+        drawn[group] = [(curve, look) for curve, look in curves if curve]
+    if not any(drawn.values()):
+        return None
+    figure, pairs = small_multiples(groups, 1.75)
+    for group, axes in pairs:
+        for curve, look in drawn[group]:
+            draw_line(axes, curve, **look)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     pairs[0][1].set_xlim(left=0)
-    late = late_values([curve for both in curves.values() for curve in both.values()])
+    late = late_values([curve for of in drawn.values() for curve, _ in of])
     if late is not None:
-        pairs[0][1].set_ylim(top=late.max() + 0.1 * np.ptp(late))
-    return labelled(figure, pairs, "epoch", "cross-entropy, nats")
+        margin = 0.1 * np.ptp(late)
+        limit = late.max() + margin if side == "top" else max(0, late.min() - margin)
+        pairs[0][1].set_ylim(**{side: limit})
+    return labelled(figure, pairs, "epoch", label)
 
 
 def _reliability(groups: Sequence[Group], theme: Theme) -> Figure | None:
     """How often an answer is right, against how sure it was; the bins' sizes below."""
-    sums = {id(group): _bins(group) for group in groups}
-    shown = [group for group in groups if sums[id(group)] is not None]
+    sums = {group: _bins(group) for group in groups}
+    shown = [group for group in groups if sums[group] is not None]
     if not shown:
         return None
-    figure, pairs = small_multiples(shown, 2.3, sharex=True, sharey=True)
+    figure, pairs = small_multiples(shown, 2.3)
     for group, axes in pairs:
-        count, confidence, accuracy = sums[id(group)]
+        count, confidence, accuracy = sums[group]
         few, many = (count > 0) & (count < _FEW), count >= _FEW
         left = np.arange(len(count)) / len(count)
-        axes.bar(
-            left,
-            count / count.sum(),
-            1 / len(count),
-            align="edge",
-            color=theme.faint,
-            label="share of images",
-        )
+        share, width = count / count.sum(), 1 / len(count)
+        axes.bar(left, share, width, align="edge", color=theme.faint, label="share of images")
         axes.plot([0, 1], [0, 1], "--", color=theme.reference, linewidth=1, label="as sure as right")
         axes.plot(confidence[few], accuracy[few], "o", color=theme.accent, alpha=0.3, markersize=2.5)
         axes.plot(
             confidence[many], accuracy[many], "o-", color=theme.accent, markersize=3.5, linewidth=1.4,
             label="share of right answers",
         )  # fmt: skip
-        ece = group.spread(group.shipped, "ece")
-        if ece:
+        if ece := group.spread(group.shipped, "ece"):
             axes.set_title(f"ECE {ece.mean:.3f}", loc="right", fontsize=8)
         ticks = (0, 0.5, 1)
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=ticks, yticks=ticks)
@@ -190,10 +195,9 @@ def _reliability(groups: Sequence[Group], theme: Theme) -> Figure | None:
 def _bins(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Counts, mean confidences and accuracies of the bins over all seeds; None where one lacks them."""
     recorded = [run.summary.get("reliability", {}).get(group.shipped) for run in group.runs]
+    keys = ("count", "confidence", "accuracy")
     try:
-        bins = np.array(
-            [[one[key] for key in ("count", "confidence", "accuracy")] for one in recorded], float
-        )
+        bins = np.array([[one[key] for key in keys] for one in recorded], float)
     except (TypeError, ValueError, KeyError):  # not recorded, or damaged
         return None
     if bins.ndim != 3 or not bins[:, 0].any():
@@ -207,29 +211,28 @@ def _bins(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
 def _diversity(groups: Sequence[Group], theme: Theme) -> Figure | None:
     """Three panels over the epochs, a line for each group with its name at the end."""
     panels = {
-        "disagreement": ("different answers, %", 100),
-        "kl": ("KL of the probabilities, nats", 1),
-        "cka": ("linear CKA of the features", 1),
+        "different answers, %": ("diversity/disagreement", 100),
+        "KL of the probabilities, nats": ("diversity/kl", 1),
+        "linear CKA of the features": ("diversity/cka", 1),
     }
     curves = {
-        key: [(group, curve) for group in groups if (curve := group.curve("test", f"diversity/{key}"))]
-        for key in panels
+        label: [(group, curve) for group in groups if (curve := group.curve("test", *shown))]
+        for label, shown in panels.items()
     }
     if not any(curves.values()):
         return None
     figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
     count = len(theme.lines)
-    colors = {id(group): theme.lines[i % count] for i, group in enumerate(groups)}
-    styles = {id(group): ("-", "-.", ":")[i // count % 3] for i, group in enumerate(groups)}
-    for axes, (key, (label, factor)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    colors = {group: theme.lines[i % count] for i, group in enumerate(groups)}
+    styles = {group: ("-", "-.", ":")[i // count % 3] for i, group in enumerate(groups)}
+    for axes, (label, lines) in zip(figure.subplots(1, 3), curves.items(), strict=True):
         ends = []
-        for group, curve in curves[key]:
-            color = theme.reference if group.method == BASELINE else colors[id(group)]
-            style = "--" if group.method == BASELINE else styles[id(group)]
-            draw_line(axes, curve, color, None, factor, style, band=len(curves[key]) < 4)
-            ends.append(
-                (curve[0][-1], factor * curve[1].mean(axis=0)[-1], comparability.name(group, groups), color)
-            )
+        for group, curve in lines:
+            color = theme.reference if group.method == BASELINE else colors[group]
+            style = "--" if group.method == BASELINE else styles[group]
+            draw_line(axes, curve, color, None, style, band=len(lines) < 4)
+            name = comparability.name(group, groups)
+            ends.append((curve[0][-1], curve[1].mean(axis=0)[-1], name, color))
         axes.set_xlim(left=0)
         name_ends(axes, ends)
         axes.set(title=label, xlabel="epoch")
@@ -239,22 +242,16 @@ def _diversity(groups: Sequence[Group], theme: Theme) -> Figure | None:
 
 def _cost(groups: Sequence[Group], theme: Theme) -> Figure | None:
     """Accuracy against what a prediction costs, and against what its training took."""
-    running = [
-        (
-            group,
-            prediction,
-            group.runs[0].predictors[prediction].get("flops"),
-            group.spread(prediction, "top1"),
-        )
-        for group in groups
-        for prediction in group.predictions
-        if not prediction.startswith("teacher")
-    ]
-    running = [point for point in running if point[2] and point[3]]
+    running = []
+    for group in groups:
+        for name in group.predictions:
+            flops, top1 = group.scores(name, "flops")[0], group.spread(name, "top1")
+            if flops and top1 and group.kind(name) != TEACHER:
+                running.append((group, name, flops, 100 * top1.mean))
     training = {}
     for key in ("flops", "seconds"):
         spent = [(group, spread(group.value("training", key))) for group in groups]
-        training = training or {id(group): (key, one.mean) for group, one in spent if one and one.mean > 0}
+        training = training or {group: (key, one.mean) for group, one in spent if one and one.mean > 0}
     several = len({point[2] for point in running}) > 1
     if not several and len(training) < 2:
         return None
@@ -269,35 +266,25 @@ def _cost(groups: Sequence[Group], theme: Theme) -> Figure | None:
 
 
 def _running_cost(axes, points, groups, theme):
-    flops = np.array([point[2] for point in points], float)
-    top1 = np.array([100 * point[3].mean for point in points])
+    flops, top1 = np.array([point[2:] for point in points], float).T
     ships = np.array([prediction == group.shipped for group, prediction, _, _ in points])
     axes.scatter(flops[ships], top1[ships], s=24, color=theme.accent, label="shipped", zorder=3, linewidths=0)
-    axes.scatter(
-        flops[~ships],
-        top1[~ships],
-        s=22,
-        facecolors="none",
-        edgecolors=theme.second,
-        linewidths=1,
-        label="others",
-    )
+    open_marks = {"s": 22, "facecolors": "none", "edgecolors": theme.second, "linewidths": 1}
+    axes.scatter(flops[~ships], top1[~ships], **open_marks, label="others")
     best, front = -np.inf, []
     for i in np.lexsort((-top1, flops)):
         if top1[i] > best:
             best = top1[i]
             front.append(i)
-    axes.step(
-        flops[front], top1[front], where="post", color=theme.reference, linewidth=1, label="best for its cost"
-    )
-    labelled = []
+    look = {"color": theme.reference, "linewidth": 1, "label": "best for its cost"}
+    axes.step(flops[front], top1[front], where="post", **look)
+    width, height = np.log(flops.max() / flops.min()), np.ptp(top1)
+    named = []
     for i in reversed(front):  # the best first; those too near to one that has its name go without
-        place = np.array(
-            [np.log(flops[i] / flops.min()) / np.log(flops.max() / flops.min()), top1[i] / np.ptp(top1)]
-        )
-        if any((np.abs(place - other) < (0.3, 0.06)).all() for other in labelled):
+        place = np.array([np.log(flops[i] / flops.min()) / width, top1[i] / height])
+        if any((np.abs(place - other) < (0.3, 0.06)).all() for other in named):
             continue
-        labelled.append(place)
+        named.append(place)
         group, prediction = points[i][:2]
         text = f"{comparability.name(group, groups)} {prediction}"
         right = place[0] > 0.6
@@ -314,14 +301,13 @@ def _running_cost(axes, points, groups, theme):
 
 
 def _training_cost(axes, training, groups, theme):
-    shown = [group for group in groups if id(group) in training]
-    key = training[id(shown[0])][0]
-    x = np.array([training[id(group)][1] / (1 if key == "flops" else 3600) for group in shown])
+    shown = [group for group in groups if group in training]
+    key = training[shown[0]][0]
+    x = np.array([training[group][1] / (1 if key == "flops" else 3600) for group in shown])
     y = np.array([100 * group.top1 for group in shown])
     alone = [group.method == BASELINE for group in shown]
-    axes.scatter(
-        x, y, s=24, c=[theme.reference if one else theme.accent for one in alone], linewidths=0, zorder=3
-    )
+    colors = [theme.reference if one else theme.accent for one in alone]
+    axes.scatter(x, y, s=24, c=colors, linewidths=0, zorder=3)
     axes.set(title="What its training took", ylabel="test top-1, %")
     axes.set_xlabel("FLOPs" if key == "flops" else "hours, all starts together")
     axes.set_xscale("log")

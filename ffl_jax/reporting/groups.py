@@ -6,36 +6,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ffl_jax.reporting.runs import Run, Unusable
+from ffl_jax.methods.base import ENSEMBLE, FUSED, NETWORK, TEACHER
+from ffl_jax.reporting.runs import FinishedRun, Unusable
 from ffl_jax.reporting.statistics import Difference, Spread, paired_difference, spread
 
 BASELINE = "independent"
-_BASELINE_PREDICTION = "sub_0"
+_RANKS = {NETWORK: 0, ENSEMBLE: 1, FUSED: 1, TEACHER: 2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a group is one only with itself, and can be a key
 class Group:
     """Runs that differ in their seeds.
 
     Attributes:
+      dataset, method, networks: what they share.
       runs: in the order of the seeds, at least one.
       unusable: those of the same group that did not finish.
     """
 
-    runs: tuple[Run, ...]
+    dataset: str
+    method: str
+    networks: tuple[str, ...]
+    runs: tuple[FinishedRun, ...]
     unusable: tuple[Unusable, ...] = ()
-
-    @property
-    def dataset(self) -> str:
-        return self.runs[0].dataset
-
-    @property
-    def method(self) -> str:
-        return self.runs[0].method
-
-    @property
-    def networks(self) -> tuple[str, ...]:
-        return self.runs[0].networks
 
     @property
     def seeds(self) -> list[int]:
@@ -47,25 +40,27 @@ class Group:
 
     @property
     def shipped_network(self) -> str:
-        """The network that is shipped: of `sub_k` and `ema_k` the k-th, of a leader the last."""
-        number = self.shipped.rpartition("_")[2]
-        if self.shipped == "leader":
-            return self.networks[-1]
-        return (
-            self.networks[int(number)]
-            if number.isdecimal() and int(number) < len(self.networks)
-            else self.networks[0]
-        )
+        """The form of the network that is shipped; of what several make together, the first of them."""
+        return self.runs[0].roles[self.shipped]["network"] or self.networks[0]
 
     @property
     def predictions(self) -> list[str]:
         """Those that all runs have: the shipped one, plain networks, what several make together, teachers."""
         names = [name for name in self.runs[0].predictors if all(name in run.predictors for run in self.runs)]
-        return sorted(names, key=lambda name: (name != self.shipped, _kind(name)))
+        return sorted(names, key=lambda name: (name != self.shipped, _RANKS[self.kind(name)]))
+
+    def kind(self, prediction: str) -> str:
+        """NETWORK, ENSEMBLE, FUSED or TEACHER of `methods.base`."""
+        return self.runs[0].roles[prediction]["kind"]
+
+    def of_kind(self, kind: str) -> list[str]:
+        """The `predictions` of a kind, the one that stands for them first."""
+        names = self.predictions
+        return [name for name in self.runs[0].roles if name in names and self.kind(name) == kind]
 
     def scores(self, prediction: str, key: str) -> list[float | None]:
-        """One score (`top1`, …) of every run at the last epoch; None where it is missing."""
-        return [_number(run.predictors[prediction].get(key)) for run in self.runs]
+        """One score (`top1`, …) or cost of every run at the last epoch; None where it is missing."""
+        return [_number(run.predictors.get(prediction, {}).get(key)) for run in self.runs]
 
     def best_scores(self, prediction: str, key: str = "top1") -> list[float | None]:
         """The same at the epoch that the validation split chose; None without one."""
@@ -86,27 +81,23 @@ class Group:
         """Mean test top-1 of what is shipped at the last epoch, 0..1."""
         return self.spread(self.shipped, "top1").mean
 
-    def curve(self, split: str, key: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """How a scalar of `metrics.jsonl` went, over the epochs that all runs have.
+    def curve(self, split: str, key: str, factor=1.0) -> tuple[np.ndarray, np.ndarray] | None:
+        """How a scalar of `metrics.jsonl`, times `factor`, went over the epochs that all runs have.
 
         Returns:
           (epochs [N], values [runs, N]), or None where a run lacks it or no epoch is common.
         """
         lines = [
-            {
-                row["epoch"]: row[key]
-                for row in run.metrics
-                if row["split"] == split and isinstance(row.get(key), int | float)
-            }
+            {row["epoch"]: factor * row[key] for row in run.metrics if row["split"] == split and key in row}
             for run in self.runs
         ]
         epochs = sorted(set.intersection(*(set(line) for line in lines)))
         if not epochs:
             return None
-        return np.array(epochs), np.array([[line[epoch] for epoch in epochs] for line in lines], float)
+        return np.array(epochs), np.array([[line[epoch] for epoch in epochs] for line in lines])
 
 
-def group(runs: Sequence[Run], unusable: Sequence[Unusable]) -> dict[str, list[Group]]:
+def group(runs: Sequence[FinishedRun], unusable: Sequence[Unusable]) -> dict[str, list[Group]]:
     """Dataset -> its groups: by shipped network, the best mean top-1 first."""
     members, lost = defaultdict(list), defaultdict(list)
     for run in runs:
@@ -117,19 +108,18 @@ def group(runs: Sequence[Run], unusable: Sequence[Unusable]) -> dict[str, list[G
     groups = defaultdict(list)
     for key, together in members.items():
         ordered = tuple(sorted(together, key=lambda run: run.seed))
-        groups[key[0]].append(Group(ordered, tuple(lost[key])))
-    order = {
+        groups[key[0]].append(Group(*key, ordered, tuple(lost[key])))
+    return {
         dataset: sorted(groups[dataset], key=lambda one: (one.shipped_network, -one.top1))
         for dataset in sorted(groups)
     }
-    return order
 
 
 def baseline(one: Group, groups: Sequence[Group]) -> Group | None:
     """The independent training that a group is measured against.
 
-    Networks that are trained alone do not know of one another, so that `sub_0` of any independent group will
-    do whose first network is the one shipped; one of the very same networks is preferred.
+    Networks that are trained alone do not know of one another, so that any independent group will do that
+    ships the same network; one of the very same networks is preferred.
     """
     if one.method == BASELINE:
         return None
@@ -137,24 +127,17 @@ def baseline(one: Group, groups: Sequence[Group]) -> Group | None:
         other
         for other in groups
         if other.method == BASELINE
-        and other.networks[0] == one.shipped_network
-        and _BASELINE_PREDICTION in other.predictions
+        and other.shipped_network == one.shipped_network
+        and other.shipped in other.predictions
     ]
     return min(fitting, key=lambda other: (other.networks != one.networks, other.networks), default=None)
 
 
 def difference(one: Group, other: Group) -> Difference | None:
     """Top-1 of what a group ships less that of independent training, 0..1, seed by seed."""
-    ours = dict(zip(one.seeds, one.scores(one.shipped, "top1"), strict=True))
-    theirs = dict(zip(other.seeds, other.scores(_BASELINE_PREDICTION, "top1"), strict=True))
-    return paired_difference(ours, {seed: value for seed, value in theirs.items() if value is not None})
+    ours, theirs = (dict(zip(x.seeds, x.scores(x.shipped, "top1"), strict=True)) for x in (one, other))
+    return paired_difference(ours, theirs)
 
 
 def _number(value) -> float | None:
     return value if isinstance(value, int | float) else None
-
-
-def _kind(prediction: str) -> int:
-    if prediction.startswith("teacher"):
-        return 2
-    return 1 if "ensemble" in prediction or "fused" in prediction else 0

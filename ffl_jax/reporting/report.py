@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.reporting import cells, comparability, figures, groups, page, results, runs, tables
-from ffl_jax.workdir import outputs
+from ffl_jax.workdir import files
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,6 @@ class Section:
     """One dataset: what to know, tables, and figures.
 
     Attributes:
-      dataset: its name.
       headline: a sentence or two on what the tables say.
       common: settings that all runs share, or "".
       warnings, notes: of `comparability`.
@@ -60,16 +59,16 @@ def write(folders: Sequence[str], output: Path) -> list[Path]:
         warnings.append(f"Curves lack something of {', '.join(first)}{more}.")
     sources = tables.Sources()
     sections = [_section(dataset, members, sources) for dataset, members in datasets.items()]
-    files = {
+    written = {
         "report.md": page.markdown(sections, warnings, sources).encode(),
         "results.csv": results.text(datasets).encode(),
         "index.html": page.html(sections, warnings, sources).encode(),
     }
-    files |= {f"{one.name}.png": one.light for section in sections for one in section.pictures}
+    written |= {f"{one.name}.png": one.light for section in sections for one in section.pictures}
     output.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        outputs.write_bytes(output / name, data)
-    return [output / name for name in files]
+    for name, data in written.items():
+        files.write_bytes(output / name, data)
+    return [output / name for name in written]
 
 
 def _section(dataset: str, members: list[groups.Group], sources: tables.Sources) -> Section:
@@ -82,38 +81,26 @@ def _section(dataset: str, members: list[groups.Group], sources: tables.Sources)
         tables.beside_published(members, sources),
     ]
     pictures, missing = figures.draw(members, re.sub(r"[^A-Za-z0-9_-]", "_", dataset))
-    return Section(
-        dataset,
-        _headline(members),
-        comparability.common(members),
-        warnings,
-        notes,
-        list(filter(None, shown)),
-        pictures,
-        missing,
-    )
+    headline, common = _headline(members), comparability.common(members)
+    return Section(dataset, headline, common, warnings, notes, list(filter(None, shown)), pictures, missing)
 
 
 def _headline(members: list[groups.Group]) -> str:
     """How many runs there are, who is first, and whom the intervals set apart from independent training."""
-    num_runs = sum(len(member.runs) for member in members)
-    text = (
-        f"{num_runs} run{'s' if num_runs > 1 else ''} in {len(members)} row{'s' if len(members) > 1 else ''}."
-    )
+    num_runs, num_rows = sum(len(member.runs) for member in members), len(members)
+    text = f"{num_runs} run{'s' if num_runs > 1 else ''} in {num_rows} row{'s' if num_rows > 1 else ''}."
     if len(members) > 1:
         first = max(members, key=lambda member: member.top1)
         shipped = cells.percent(first.spread(first.shipped, "top1")).text
         text += f" First by what it ships: {comparability.name(first, members)}, {shipped} %."
-    above, below, unclear = [], [], []
+    found = {"above": [], "below": [], "not told apart": []}
     for member in members:
         reference = groups.baseline(member, members)
-        one = groups.difference(member, reference) if reference else None
+        one = reference and groups.difference(member, reference)
         if one and one.low is not None:
-            place = above if one.low > 0 else below if one.high < 0 else unclear
-            place.append(comparability.name(member, members))
-    if above or below or unclear:
-        text += (
-            f" Against independent training, by the 95 % interval: above: {', '.join(above) or 'none'}; "
-            f"below: {', '.join(below) or 'none'}; not told apart: {', '.join(unclear) or 'none'}."
-        )
+            place = "above" if one.low > 0 else "below" if one.high < 0 else "not told apart"
+            found[place].append(comparability.name(member, members))
+    if any(found.values()):
+        parts = "; ".join(f"{place}: {', '.join(names) or 'none'}" for place, names in found.items())
+        text += f" Against independent training, by the 95 % interval: {parts}."
     return text

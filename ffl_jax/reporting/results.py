@@ -45,19 +45,14 @@ def _prediction_columns(group: Group, groups: Sequence[Group], prediction: str) 
     columns |= _spread_columns("validation_chosen_top1", group.best_scores(prediction))
     columns["validation_chosen_epochs"] = _joined(group.value("best", "epoch"))
     for key in ("parameters", "flops"):
-        columns[key] = group.runs[0].predictors[prediction].get(key, "")
+        columns[key] = group.scores(prediction, key)[0]
     reference = baseline(group, groups) if ships else None
-    one = difference(group, reference) if reference else None
-    columns |= {
-        "difference_to": "+".join(reference.networks) if one else "",
-        "difference_mean": one.mean if one else "",
-        "difference_low": one.low if one and one.low is not None else "",
-        "difference_high": one.high if one and one.high is not None else "",
-        "difference_seeds": one.count if one else "",
-    }
-    kinds = {"ensemble": ("ensemble",)}.get(prediction, ("network", "unknown") if ships else ())
-    figures = [one for one in published_for(group) if one.prediction in kinds]
-    columns["published_percent"] = "; ".join(f"{one.text} ({one.source.name})" for one in figures)
+    one = reference and difference(group, reference)
+    values = ("+".join(reference.networks), one.mean, one.low, one.high, one.count) if one else ("",) * 5
+    keys = ("to", "mean", "low", "high", "seeds")
+    columns |= {f"difference_{key}": value for key, value in zip(keys, values, strict=True)}
+    figures = [f"{one.text} ({one.source.name})" for one, ours in published_for(group) if ours == prediction]
+    columns["published_percent"] = "; ".join(figures)
     return columns
 
 

@@ -7,56 +7,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ffl_jax.errors import ConfigError
+from ffl_jax.methods.base import ENSEMBLE, FUSED, NETWORK, TEACHER
+from ffl_jax.workdir.files import read_json
+from ffl_jax.workdir.log import read_metrics
 
 _FILES = ("config.json", "summary.json", "metrics.jsonl")
 _NO_RUNS = ("checkpoints", "tensorboard", "teachers")  # folders inside a run that are no runs to compare
 # What not every version of a summary has; of another kind than this, it counts as missing.
 _EXTRAS = {"best": dict, "reliability": dict, "diversity": dict}
 _EXTRAS |= {"versions": dict, "fingerprint": str, "device": str}
+_KINDS = (NETWORK, ENSEMBLE, FUSED, TEACHER)
 _DEPTH = 3  # levels of folders that are searched for runs
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """One seed of one training, finished.
 
     Attributes:
       folder: where it is.
       config, summary: of `config.json` and `summary.json`; `training` of the summary counts the teachers too
         that the run trained first.
-      metrics: the lines of `metrics.jsonl`, in order; empty where the file is missing.
+      metrics: the rows of `metrics.jsonl`, in order; empty where the file is missing.
+      dataset, method, networks, seed: of the summary; the names of the sub-networks are in order.
+      shipped: the name of the prediction that a user should ship.
+      predictors: {prediction: its scores and costs}.
+      roles: {prediction: {"kind": of `methods.base`, "network": the name of its form, or None}}; the first of
+        a kind stands for it.
     """
 
     folder: Path
     config: dict
     summary: dict
     metrics: list[dict]
-
-    @property
-    def dataset(self) -> str:
-        return self.summary["dataset"]
-
-    @property
-    def method(self) -> str:
-        return self.summary["method"]
-
-    @property
-    def networks(self) -> tuple[str, ...]:
-        """The names of the sub-networks, in order."""
-        return tuple(self.summary["networks"])
-
-    @property
-    def seed(self) -> int:
-        return self.summary["seed"]
-
-    @property
-    def shipped(self) -> str:
-        """The name of the prediction that a user should ship."""
-        return self.summary["deploy"]
-
-    @property
-    def predictors(self) -> dict[str, dict]:
-        return self.summary["predictors"]
+    dataset: str
+    method: str
+    networks: tuple[str, ...]
+    seed: int
+    shipped: str
+    predictors: dict[str, dict]
+    roles: dict[str, dict]
 
 
 @dataclass(frozen=True)
@@ -74,7 +64,7 @@ class Unusable:
     identity: tuple | None = None
 
 
-def read(folders: Sequence[str]) -> tuple[list[Run], list[Unusable], dict[Path, str]]:
+def read(folders: Sequence[str]) -> tuple[list[FinishedRun], list[Unusable], dict[Path, str]]:
     """Reads run folders, and every run inside folders that hold some.
 
     Args:
@@ -100,7 +90,7 @@ def read(folders: Sequence[str]) -> tuple[list[Run], list[Unusable], dict[Path, 
     runs, unusable, damaged = [], [], {}
     for folder in found:
         run = _read_run(folder, damaged)
-        (runs if isinstance(run, Run) else unusable).append(run)
+        (runs if isinstance(run, FinishedRun) else unusable).append(run)
     if not runs:
         first = unusable[0]
         raise ConfigError(
@@ -128,18 +118,18 @@ def _is_run(folder):
     return any((folder / name).is_file() for name in _FILES)
 
 
-def _read_run(folder: Path, damaged: dict[Path, str]) -> Run | Unusable:
+def _read_run(folder: Path, damaged: dict[Path, str]) -> FinishedRun | Unusable:
     read = {}
     for name in _FILES[:2]:
         try:
-            read[name] = json.loads((folder / name).read_text())
+            read[name] = json.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            read[name] = None
-        except (OSError, ValueError) as error:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
             return Unusable(folder, f"{name} cannot be read ({error})")
-        if read[name] is not None and not isinstance(read[name], dict):
+        if not isinstance(read[name], dict):
             return Unusable(folder, f"{name} is not that of a run")
-    config, summary = read.values()
+    config, summary = (read.get(name) for name in _FILES[:2])
     if summary is None:
         return Unusable(folder, "no summary.json, it has not come to its end")
     if isinstance(summary.get("seed"), list):
@@ -158,7 +148,11 @@ def _read_run(folder: Path, damaged: dict[Path, str]) -> Run | Unusable:
         return Unusable(folder, "no config.json, so that nobody knows how it was trained", identity)
     extras = {key: value for key, value in summary.items() if isinstance(value, _EXTRAS.get(key, object))}
     extras["training"] = _training(folder, summary)
-    return Run(folder, config, extras, _read_metrics(folder, damaged))
+    metrics = _read_metrics(folder, damaged)
+    predictors = summary["predictors"]
+    return FinishedRun(
+        folder, config, extras, metrics, *identity, summary["deploy"], predictors, _roles(summary)
+    )
 
 
 def _wrong(summary: dict) -> str | None:
@@ -179,55 +173,61 @@ def _wrong(summary: dict) -> str | None:
     return None
 
 
-def _training(folder: Path, summary) -> dict[str, float]:
+def _roles(summary: dict) -> dict[str, dict]:
+    """What a summary says of its predictions; what it does not say, as of early versions, their names tell.
+
+    Nothing else reads a meaning in a name.
+    """
+    given, predictors, networks = summary.get("roles"), summary["predictors"], summary["networks"]
+    given = given.items() if isinstance(given, dict) else ()
+    roles = {name: role for name, role in given if name in predictors and _is_role(role)}
+    place = {str(k): k for k in range(len(networks))} | {"leader": -1}
+    for name in sorted(predictors, key=lambda name: name not in _KINDS):
+        if name in roles:
+            continue
+        kind = next((kind for kind in (TEACHER, ENSEMBLE, FUSED) if kind in name), NETWORK)
+        network = networks[place.get(name.rpartition("_")[2], 0)]  # `sub_1`, `ema_1`, `leader`, `student`
+        roles[name] = {"kind": kind, "network": network if kind == NETWORK else None}
+    return roles
+
+
+def _is_role(role) -> bool:
+    if not isinstance(role, dict) or role.get("kind") not in _KINDS:
+        return False
+    return isinstance(role.get("network"), str if role["kind"] == NETWORK else str | None)
+
+
+def _training(folder: Path, summary: dict) -> dict[str, float]:
     """{"flops", "seconds"} of a training and of its teachers'; without what one of them does not tell."""
-    own = summary.get("training") if isinstance(summary, dict) else None
-    total = {
-        key: value
-        for key, value in (own.items() if isinstance(own, dict) else ())
-        if isinstance(value, int | float)
-    }
+    own = summary.get("training")
+    own = own.items() if isinstance(own, dict) else ()
+    total = {key: value for key, value in own if isinstance(value, int | float)}
     for path in (folder / "teachers").glob("*/summary.json"):
-        try:
-            teacher = json.loads(path.read_text())
-        except (OSError, ValueError):
-            teacher = None
-        spent = _training(path.parent, teacher)
+        spent = _training(path.parent, read_json(path))
         total = {key: value + spent[key] for key, value in total.items() if key in spent}
     return total
 
 
 def _read_metrics(folder: Path, damaged: dict[Path, str]) -> list[dict]:
-    path = folder / "metrics.jsonl"
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        rows, count = read_metrics(folder / "metrics.jsonl")
     except OSError:
         damaged[folder] = "no metrics.jsonl"
         return []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-            rows.append({"epoch": float(row["epoch"]), "split": str(row["split"])} | row)
-        except (ValueError, KeyError, TypeError):
-            continue
-    if len(rows) < len(lines):
-        damaged[folder] = f"{len(lines) - len(rows)} damaged line(s)"
+    if count:
+        damaged[folder] = f"{count} damaged line(s)"
     return rows
 
 
-def _refuse_twins(runs: list[Run]):
+def _refuse_twins(runs: list[FinishedRun]):
     """One row shows one run of each seed: which of two, only the user knows."""
-    seen: dict[tuple, Run] = {}
+    seen: dict[tuple, FinishedRun] = {}
     for run in runs:
         identity = (run.dataset, run.method, run.networks, run.seed)
         if identity in seen:
             other = seen[identity]
-            keys = sorted(
-                key
-                for key in run.config.keys() | other.config.keys()
-                if run.config.get(key) != other.config.get(key)
-            )
+            either = run.config.keys() | other.config.keys()
+            keys = sorted(key for key in either if run.config.get(key) != other.config.get(key))
             differ = f"which differ in config.{', config.'.join(keys)}" if keys else "of equal configuration"
             raise ConfigError(
                 f"two runs of {run.method} on {run.dataset} with {'+'.join(run.networks)} have seed "

@@ -48,20 +48,22 @@ def spread(values: Sequence[float | None]) -> Spread | None:
     return Spread(statistics.fmean(values), std, len(values))
 
 
-def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
+def paired_difference(
+    ours: Mapping[int, float | None], theirs: Mapping[int, float | None]
+) -> Difference | None:
     """The mean of `ours - theirs` over the seeds that both have, with Student's t interval.
 
     The interval is mean ± t · s / √n, where s is the sample standard deviation of the n differences and t the
     quantile of n - 1 degrees of freedom. It supposes that differences are normal, and their seeds alike.
 
     Args:
-      ours, theirs: seed -> value.
+      ours, theirs: seed -> value; None counts as missing.
 
     Returns:
       None without a common seed.
     """
-    seeds = sorted(ours.keys() & theirs.keys())
-    one = spread([ours[seed] - theirs[seed] for seed in seeds])
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    one = spread([a - b for a, b in pairs if a is not None and b is not None])
     if one is None or one.std is None:
         return one and Difference(one.mean, None, None, 1)
     half = stdtrit(one.count - 1, (1 + CONFIDENCE) / 2) * one.std / math.sqrt(one.count)

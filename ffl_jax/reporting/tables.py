@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ffl_jax.methods.base import ENSEMBLE, FUSED, NETWORK, TEACHER
 from ffl_jax.reporting import comparability, published
 from ffl_jax.reporting.cells import NONE, Cell, Table, amount, duration, percent, plain, scaled, without_empty
 from ffl_jax.reporting.groups import Group, baseline, difference
@@ -24,82 +25,77 @@ def accuracy(groups: Sequence[Group], sources: Sources) -> Table:
     """A row for each group: what it ships, at both epochs, against independent training, and published."""
     rows = []
     for group in groups:
-        shipped = group.spread(group.shipped, "top1")
-        best = spread(group.best_scores(group.shipped))
         reference = baseline(group, groups)
-        figures = [one for one in published_for(group) if one.prediction != "ensemble"]
+        figures = [figure for figure, ours in published_for(group) if ours == group.shipped]
         lost = f" of {len(group.runs) + len(group.unusable)}" if group.unusable else ""
         rows.append(
-            [
-                Cell(group.method),
-                Cell(comparability.networks(group.networks)),
-                Cell(group.shipped),
-                percent(shipped),
-                percent(best),
-                _difference(difference(group, reference) if reference else None),
-                Cell(_quoted(figures, sources)),
-                Cell(f"{len(group.runs)}{lost}", len(group.runs)),
-                _epochs(group),
-            ]
+            {
+                "method": Cell(group.method),
+                "networks": Cell(comparability.networks(group.networks)),
+                "ships": Cell(group.shipped),
+                "top-1 %": percent(group.spread(group.shipped, "top1")),
+                "chosen by validation, %": percent(spread(group.best_scores(group.shipped))),
+                "against independent, points": _difference(reference and difference(group, reference)),
+                "published, %": Cell(_quoted(figures, sources)),
+                "seeds": Cell(f"{len(group.runs)}{lost}", len(group.runs)),
+                "epochs": _epochs(group),
+            }
         )
-    columns = ["method", "networks", "ships", "top-1 %", "chosen by validation, %"]
-    columns += ["against independent, points", "published, %", "seeds", "epochs"]
     caption = (
         "Test split. Top-1 of the prediction to ship after the last epoch, and after the epoch that the "
         "validation split chose: mean ± sample standard deviation over seeds. Against independent: mean "
         "difference to `sub_0` of `independent`, seed by seed, its 95 % Student-t interval, and n seeds. "
         "Published figures compare only where the recipe is the same: see the table below; † is second-hand."
     )
-    return without_empty("Accuracy", caption, columns, rows)
+    return without_empty("Accuracy", caption, rows)
 
 
 def predictions(groups: Sequence[Group]) -> Table:
     """A row for each group: top-1 of all that it can predict with."""
+    columns = {NETWORK: "one network", ENSEMBLE: "ensemble", FUSED: "fused", TEACHER: "teachers"}
     rows = []
     for group in groups:
-        kinds = {"network": [], "ensemble": [], "fused": [], "teacher": []}
+        texts = {kind: [] for kind in columns}
         for name in group.predictions:
-            kind = next((kind for kind in ("teacher", "ensemble", "fused") if kind in name), "network")
             text = f"{name} {percent(group.spread(name, 'top1')).text}"
-            kinds[kind].append(text.replace(" ", "\N{NO-BREAK SPACE}"))
-        rows.append([Cell(group.method), *(Cell(", ".join(texts) or NONE) for texts in kinds.values())])
+            texts[group.kind(name)].append(text.replace(" ", "\N{NO-BREAK SPACE}"))
+        cells = {column: Cell(", ".join(texts[kind]) or NONE) for kind, column in columns.items()}
+        rows.append({"method": Cell(group.method)} | cells)
     caption = (
         "Test top-1 in percent after the last epoch, mean ± sample standard deviation over seeds: of each "
         "network alone, the one to ship first; of means of several networks; of fusion modules and gates; of "
         "teachers."
     )
-    columns = ["method", "one network", "ensemble", "fused", "teachers"]
-    return without_empty("Every prediction", caption, columns, rows)
+    return without_empty("Every prediction", caption, rows)
 
 
 def cost(groups: Sequence[Group]) -> Table:
     """A row for each group: calibration and size of what it ships, and what its training took."""
     rows = []
     for group in groups:
-        size = group.runs[0].predictors[group.shipped]
+        parameters, forward = (group.scores(group.shipped, key)[0] for key in ("parameters", "flops"))
+        nll, ece, top5 = (group.spread(group.shipped, key) for key in ("nll", "ece", "top5"))
         flops, seconds = (spread(group.value("training", key)) for key in ("flops", "seconds"))
-        speed = spread(group.value("images_per_second"))
-        diversity = [spread(group.value("diversity", key)) for key in ("disagreement", "kl", "cka")]
-        rows.append(
-            [
-                Cell(group.method),
-                Cell(comparability.networks(group.networks)),
-                *(
-                    plain(group.spread(group.shipped, key), digits)
-                    for key, digits in (("nll", 3), ("ece", 3))
-                ),
-                plain(group.spread(group.shipped, "top5"), 2, 100),
-                amount(size.get("parameters"), lambda x: f"{x:,.0f}"),
-                amount(size.get("flops"), scaled),
-                amount(flops and flops.mean, scaled),
-                amount(seconds and seconds.mean, duration),
-                plain(speed, 0),
-                plain(diversity[0], 1, 100),
-                *(plain(one, 3) for one in diversity[1:]),
-            ]
+        disagreement, kl, cka = (
+            spread(group.value("diversity", key)) for key in ("disagreement", "kl", "cka")
         )
-    columns = ["method", "networks", "NLL", "ECE", "top-5 %", "parameters", "FLOPs", "training FLOPs"]
-    columns += ["training time", "images/s", "disagreement %", "KL", "CKA"]
+        rows.append(
+            {
+                "method": Cell(group.method),
+                "networks": Cell(comparability.networks(group.networks)),
+                "NLL": plain(nll, 3),
+                "ECE": plain(ece, 3),
+                "top-5 %": percent(top5),
+                "parameters": amount(parameters, lambda x: f"{x:,.0f}"),
+                "FLOPs": amount(forward, scaled),
+                "training FLOPs": amount(flops and flops.mean, scaled),
+                "training time": amount(seconds and seconds.mean, duration),
+                "images/s": plain(spread(group.value("images_per_second")), 0),
+                "disagreement %": plain(disagreement, 1, 100),
+                "KL": plain(kl, 3),
+                "CKA": plain(cka, 3),
+            }
+        )
     caption = (
         "Of the prediction to ship, after the last epoch: negative log-likelihood in nats, calibration error "
         "0..1, size, and FLOPs of one image (a multiply-add counts two). Of its training: all FLOPs and "
@@ -107,54 +103,46 @@ def cost(groups: Sequence[Group]) -> Table:
         "compilation. Of the sub-networks, on average over their pairs: images with different answers, KL of "
         "their probabilities in nats, linear CKA of their features."
     )
-    return without_empty("Calibration and cost", caption, columns, rows)
+    return without_empty("Calibration and cost", caption, rows)
 
 
 def beside_published(groups: Sequence[Group], sources: Sources) -> Table | None:
     """A row for each published figure that has the dataset, network and method of a group."""
-    rows = []
-    for group in groups:
-        for figure in published_for(group):
-            ours = "ensemble" if figure.prediction == "ensemble" else group.shipped
-            measured = group.spread(ours, "top1") if ours in group.predictions else None
-            rows.append(
-                [
-                    Cell(group.method),
-                    Cell(group.shipped_network),
-                    Cell({"network": "one network"}.get(figure.prediction, figure.prediction)),
-                    percent(measured),
-                    _epochs(group),
-                    Cell(f"{figure.text} {sources.mark(figure)}", figure.top1),
-                    Cell(str(figure.runs or NONE), figure.runs),
-                    Cell(str(figure.epochs or NONE), figure.epochs),
-                    Cell({"unknown": NONE}.get(figure.selection, figure.selection)),
-                    Cell(figure.note or NONE),
-                ]
-            )
+    rows = [
+        {
+            "method": Cell(group.method),
+            "network": Cell(group.shipped_network),
+            "prediction": Cell({"network": "one network"}.get(figure.prediction, figure.prediction)),
+            "ours, top-1 %": percent(ours and group.spread(ours, "top1")),
+            "our epochs": _epochs(group),
+            "published, %": Cell(f"{figure.text} {sources.mark(figure)}", figure.top1),
+            "runs": Cell(str(figure.runs or NONE), figure.runs),
+            "epochs": Cell(str(figure.epochs or NONE), figure.epochs),
+            "which epoch": Cell({"unknown": NONE}.get(figure.selection, figure.selection)),
+            "recipe and remarks": Cell(figure.note or NONE),
+        }
+        for group in groups
+        for figure, ours in published_for(group)
+    ]
     if not rows:
         return None
-    columns = [
-        "method",
-        "network",
-        "prediction",
-        "ours, top-1 %",
-        "our epochs",
-        "published, %",
-        "runs",
-        "epochs",
-    ]
-    columns += ["which epoch", "recipe and remarks"]
     caption = (
         "A published figure and a measured one compare only where the recipe is the same: epochs, batch "
         "size, weight decay, schedule, augmentation, number and kind of networks, and which epoch was taken. "
         "†: second-hand, not read where it was first published. `–`: not said."
     )
-    return Table("Beside published figures", caption, columns, rows)
+    return Table("Beside published figures", caption, list(rows[0]), [list(row.values()) for row in rows])
 
 
-def published_for(group: Group) -> list[published.Figure]:
-    """The published figures of what a group ships, and of its ensemble."""
-    return published.lookup(group.dataset, group.shipped_network, group.method)
+def published_for(group: Group) -> list[tuple[published.Figure, str | None]]:
+    """The published figures of a group's method, each with our prediction that it stands beside, if any.
+
+    Figures of ensembles belong to the group's first, all others to what it ships, unless that is an ensemble.
+    """
+    ensemble = next(iter(group.of_kind(ENSEMBLE)), None)
+    network = group.shipped if group.kind(group.shipped) != ENSEMBLE else None
+    figures = published.lookup(group.dataset, group.shipped_network, group.method)
+    return [(figure, ensemble if figure.prediction == "ensemble" else network) for figure in figures]
 
 
 def _epochs(group: Group) -> Cell:

@@ -1,6 +1,8 @@
 """What looks wrong in a run that still trains: told in a line of the log, for a person to judge."""
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,22 +28,23 @@ def identical(names: tuple[str, ...], diversity: dict[str, list]) -> dict[str, s
     return found
 
 
-def growing(rows: list[dict], num_classes: int) -> dict[str, str]:
+def growing(rows: Sequence[dict], num_classes: int, knowledge: Sequence[str]) -> dict[str, str]:
     """Divergences that have risen for three epochs and passed all reason: {key: sentence}.
 
     The reason ends at 3 ln C nats: a network that knows nothing of C classes is at most ln C away from its
     teacher. Looked at are the training's terms of distillation and the divergence between sub-networks.
 
-    Args: rows: the lines of `metrics.jsonl`. num_classes: C.
+    Args:
+      rows: of `metrics.jsonl`.
+      num_classes: C.
+      knowledge: the training's terms that say how far a network is from its teachers.
     """
-    epochs = {}
-    for row in rows:
-        for name, value in row.items():
-            is_term = row["split"] == "train" and "distillation/" in name
-            if is_term or (row["split"] == "test" and name == "diversity/kl"):
-                epochs.setdefault(name, {}).setdefault(math.ceil(row["epoch"]), []).append(value)
     found, bound = {}, 3 * math.log(num_classes)
-    for name, by_epoch in epochs.items():
+    for split, name in (*(("train", name) for name in knowledge), ("test", "diversity/kl")):
+        by_epoch = defaultdict(list)
+        for row in rows:
+            if row["split"] == split and name in row:
+                by_epoch[math.ceil(row["epoch"])].append(row[name])
         means = [float(np.mean(by_epoch[epoch])) for epoch in sorted(by_epoch)][-_RISES - 1 :]
         if len(means) > _RISES and means == sorted(set(means)) and means[-1] > bound:
             found[f"growing {name}"] = (

@@ -10,88 +10,70 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.workdir import outputs
-from ffl_jax.workdir.outputs import draw_curves  # before the fixture of all tests stands in for it
+from ffl_jax.workdir.log import MetricsLog, read_metrics, start_wandb
 
 
 def write(log, step):
-    log.write(
-        step, step / 10, "train", {"cross_entropy/sub_0": 1.0 / step, "distillation/sub_0": 0.1, "loss": 2.0}
-    )
-    log.write(step, step / 10, "test", {"sub_0/top1": 0.1 * step, "fused/top1": 0.5})
+    log.write(step, step / 10, "train", {"loss": 2.0 / step})
+    log.write(step, step / 10, "test", {"sub_0/top1": 0.1 * step})
 
 
 def test_metrics_continue_where_the_checkpoint_was(tmp_path):
-    log = outputs.MetricsLog(tmp_path, 0, 0)
+    log = MetricsLog(tmp_path, 0, 0)
     write(log, 1)
     log.sync()
     size = log.size
     write(log, 2)  # after the checkpoint: to be done again
     log.close()
-    with open(tmp_path / "metrics.jsonl", "ab") as file:
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "ab") as file:
         file.write(b'{"step": 3, "ep')  # torn by a kill
-    assert [row["step"] for row in outputs.read_metrics(tmp_path / "metrics.jsonl")] == [1, 1, 2, 2]
+    assert read_metrics(path) == (log.rows, 0)
 
-    log = outputs.MetricsLog(tmp_path, size, 1)
+    log = MetricsLog(tmp_path, size, 1)
+    assert [row["step"] for row in log.rows] == [1, 1]
     write(log, 2)
     log.close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2]
-    assert json.loads(lines[0]) == {
-        "step": 1,
-        "epoch": 0.1,
-        "split": "train",
-        "cross_entropy/sub_0": 1.0,
-        "distillation/sub_0": 0.1,
-        "loss": 2.0,
-    }
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 1, 2, 2]
+    assert lines[0] == {"step": 1, "epoch": 0.1, "split": "train", "loss": 2.0}
+    assert lines == log.rows
 
 
-def test_lost_metrics_are_said(tmp_path, caplog):
-    outputs.MetricsLog(tmp_path, 1000, 7).close()
-    assert "has lost lines" in caplog.text
-
-
-def test_json_is_replaced_whole(tmp_path):
-    path = tmp_path / "summary.json"
-    assert outputs.read_json(path) == {}
-    outputs.write_json(path, {"a": [1, 2.5, None]})
-    outputs.write_json(path, {"b": 1})
-    assert outputs.read_json(path) == {"b": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
-    with pytest.raises(TypeError):
-        outputs.write_json(path, {"b": object()})
-    assert outputs.read_json(path) == {"b": 1}
-
-
-def test_curves(tmp_path):
-    log = outputs.MetricsLog(tmp_path, 0, 0)
-    for step in range(1, 4):
-        write(log, step)
+def test_lost_and_damaged_metrics_are_said(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1, "split": "test"}\n[1]\n')
+    log = MetricsLog(tmp_path, 1000, 7)
     log.close()
-    draw_curves(tmp_path, "title", "sub_0")
-    with Image.open(tmp_path / "curves.png") as image:
-        assert image.format == "PNG"
-        colors = len(image.convert("RGB").getcolors(10**6))
-    assert colors > 50, "nothing is drawn"
+    assert len(log.rows) == 1
+    assert f"{path} has lost lines" in caplog.text
+    assert f"{path} has 1 damaged line(s)" in caplog.text
 
 
-def test_curves_of_a_run_that_has_only_begun(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("")
-    draw_curves(tmp_path, "title", "sub_0")
-    assert (tmp_path / "curves.png").exists()
-
-
-def test_how_subnetworks_differ_is_a_panel_of_its_own(tmp_path):
-    sizes = []
-    for more in ({}, {"diversity/disagreement": 0.1, "diversity/kl": 0.2, "diversity/cka": 0.9}):
-        log = outputs.MetricsLog(tmp_path, 0, 0)
-        log.write(1, 1.0, "test", {"sub_0/top1": 0.5} | more)
-        log.close()
-        draw_curves(tmp_path, "title", "sub_0")
-        with Image.open(tmp_path / "curves.png") as image:
-            sizes.append(image.width)
-    assert sizes[1] > sizes[0]
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b'{"epoch": 1.0, "spl',
+        b"\xff\x00",
+        b"[" * 10**5,
+        b"[1]",
+        b"null",
+        b'{"epoch": 1.0}',
+        b'{"split": "test"}',
+        b'{"epoch": 1.0, "split": 3}',
+        b'{"epoch": NaN, "split": "test"}',
+        b'{"epoch": 1.0, "split": "test", "sub_0/top1": "good"}',
+        b'{"epoch": 1.0, "split": "test", "sub_0/top1": null}',
+        b'{"epoch": 1.0, "split": "test", "sub_0/top1": 1' + b"0" * 400 + b"}",
+    ],
+)
+def test_damaged_lines_are_counted_and_left_out(tmp_path, line):
+    good = b'{"step": 1, "epoch": 1.0, "split": "train", "loss": Infinity}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + line + b"\n" + good + line)
+    rows, damaged = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows == 2 * [{"step": 1, "epoch": 1.0, "split": "train", "loss": float("inf")}]
+    assert damaged == 1
 
 
 def events(folder):
@@ -107,7 +89,7 @@ def events(folder):
 
 
 def test_images_and_histograms(tmp_path):
-    log = outputs.MetricsLog(tmp_path, 0, 0)
+    log = MetricsLog(tmp_path, 0, 0)
     images = np.zeros((8, 2, 3, 3), np.uint8)
     images[5] = (10, 20, 30)
     log.write_images(4, "train/batch", images)
@@ -140,9 +122,9 @@ def test_weights_and_biases_sees_every_line(tmp_path, monkeypatch):
 
     module = types.SimpleNamespace(init=init, Settings=lambda **settings: settings, Error=RuntimeError)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    run = outputs.start_wandb("project", tmp_path, {"epochs": 3})
-    again = outputs.start_wandb("project", tmp_path, {"epochs": 3})
-    other = outputs.start_wandb("project", tmp_path / "seed_1", {"epochs": 3})
+    run = start_wandb("project", tmp_path, {"epochs": 3})
+    again = start_wandb("project", tmp_path, {"epochs": 3})
+    other = start_wandb("project", tmp_path / "seed_1", {"epochs": 3})
     assert begun[0]["id"] == begun[1]["id"] != begun[2]["id"]
     assert (begun[0]["project"], begun[0]["config"], begun[0]["resume"]) == (
         "project",
@@ -150,7 +132,7 @@ def test_weights_and_biases_sees_every_line(tmp_path, monkeypatch):
         "allow",
     )
     del again, other
-    log = outputs.MetricsLog(tmp_path, 0, 0, run)
+    log = MetricsLog(tmp_path, 0, 0, run)
     log.write(1, 0.5, "train", {"loss": 2.0})
     log.write_speed(1, 100.0)
     log.close()
@@ -161,7 +143,7 @@ def test_weights_and_biases_sees_every_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "init", refuse)
     with pytest.raises(ConfigError, match=r"config\.wandb=project: no API key; wandb login, or set"):
-        outputs.start_wandb("project", tmp_path, {})
+        start_wandb("project", tmp_path, {})
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="pip install wandb"):
-        outputs.start_wandb("project", tmp_path, {})
+        start_wandb("project", tmp_path, {})
