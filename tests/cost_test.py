@@ -18,10 +18,10 @@ from ffl_jax.training.experiment import Experiment
 def costs(network, num=2, classes=100, shared_stages=2, side=32, vectorize=False):
     method = METHODS["ffl"](build(network, num, classes, shared_stages, vectorize), classes)
     shape = (side, side, 3)
-    variables = jax.eval_shape(
+    params, model_state = jax.eval_shape(
         functools.partial(steps.init_variables, method, image_shape=shape), jax.random.key(0)
     )
-    return cost.prediction_costs(method, *variables, shape)
+    return cost.prediction_costs(method, {"params": params, **model_state}, shape)
 
 
 def test_parameters_of_resnet32_on_a_trunk():

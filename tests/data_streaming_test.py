@@ -173,7 +173,7 @@ def test_views_lead_in_the_step(tmp_path):
     config = make_config(textured(tmp_path), image_size=16, batch_size=3)
     inputs = data.train_input(data.load(config.data).train, config, Host(), 2)
     arrays = next(inputs.batches(0, 0))
-    batch = inputs.batch(*inputs.apart(arrays), 0)
+    batch = inputs.batch(arrays, 0)
     mean, std = (np.array(config.data[key]) for key in ("mean", "std"))
     expected = (arrays[0].astype(np.float64).transpose(1, 0, 2, 3, 4) / 255 - mean) / std
     np.testing.assert_allclose(batch["image"], expected, rtol=1e-5, atol=2e-6)
@@ -190,7 +190,7 @@ def test_padded_crops_are_those_of_data_in_memory(tmp_path, views):
     split = data.load(config.data).train
     for step, (images, labels, indices) in enumerate(stream):
         assert images.shape == (2, 16, 16, 3)
-        batch = inputs.batch((), (images, labels, indices), step)
+        batch = inputs.batch((images, labels, indices), step)
         expected = resident.train_batch(
             split.images, split.labels, indices, config.seed, step // 2, config.data, views
         )
@@ -394,7 +394,7 @@ def test_imagenet_is_trained_and_continues_in_mid_epoch(tmp_path, monkeypatch):
 
     shutil.copytree(whole, killed)
     shutil.rmtree(killed / "checkpoints" / "3")
-    assert checkpoint.steps(killed / "checkpoints") == [2]
+    assert checkpoint.whole_steps(killed / "checkpoints") == [2]
     again = loop.train(config, killed)
     assert counts[4:] == [4, 7]
     assert again["predictors"] == summary["predictors"]

@@ -8,7 +8,7 @@ from configs import digits
 from ffl_jax import data
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 from ffl_jax.training import config as config_lib
-from ffl_jax.training.experiment import RUN_FORMAT, Experiment, check_same, resolve
+from ffl_jax.training.experiment import RUN_FORMAT, Experiment, check_belongs, resolve
 
 
 def make_dataset(count=100):
@@ -51,7 +51,7 @@ def test_padding_beyond_the_image():
         Experiment(config, make_dataset())
 
 
-def test_check_same_lists_the_differences():
+def test_check_belongs_lists_the_differences():
     experiment = Experiment(digits.get_config(), make_dataset())
     run = {
         "format": RUN_FORMAT,
@@ -60,18 +60,18 @@ def test_check_same_lists_the_differences():
         "dataset": {"fingerprint": experiment.dataset.fingerprint, "train_examples": 100},
     }
     where = pathlib.Path("checkpoints/5")
-    check_same(run, experiment, where)
+    check_belongs(run, experiment, where)
     free = copy.deepcopy(run)
     free["config"]["log_every_steps"] = 1
     free["config"]["parallel"]["mode"] = "shard_map"
     free["config"]["data"]["data_dir"] = "elsewhere"
-    check_same(free, experiment, where)
+    check_belongs(free, experiment, where)
     other = copy.deepcopy(run)
     other["config"]["method"]["temperature"] = 4.0
     other["dataset"] = {"fingerprint": "f" * 64, "train_examples": 99}
     with pytest.raises(
         CheckpointError, match=r"checkpoints/5 .*temperature: 4\.0 .* 3\.0 now; .*\(99 .*\(100\)"
     ):
-        check_same(other, experiment, where)
+        check_belongs(other, experiment, where)
     with pytest.raises(CheckpointError, match="format 0"):
-        check_same(run | {"format": 0}, experiment, where)
+        check_belongs(run | {"format": 0}, experiment, where)

@@ -70,7 +70,7 @@ def test_outside_a_mapped_program_nothing_is_joined():
 
 
 def test_indivisible_batch_names_the_nearest_sizes(commands):
-    code = "from ffl_jax import parallel; parallel.Parallel().check_batch_size(10)"
+    code = "from ffl_jax.devices import parallel; parallel.Parallel().check_batch_size(10)"
     process = commands.start("-c", code, devices=4)
     assert "set config.batch_size to 8 or 12" in process.communicate()[1]
 
@@ -94,7 +94,9 @@ def test_bad_settings(settings, text):
 def test_what_cannot_be_spread_is_refused(commands):
     code = """
 import sys
-from ffl_jax import errors, parallel, subnetworks
+from ffl_jax import errors
+from ffl_jax.devices import parallel
+from ffl_jax.methods import subnetworks
 spread = parallel.Parallel("shard_map", subnetworks=2)
 spread.check_networks(subnetworks.build("resnet8", 4, 10))
 for network, num in ("resnet8", 3), ("resnet8+resnet14", 2):

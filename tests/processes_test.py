@@ -11,7 +11,8 @@ from conftest import MAIN
 
 from ffl_jax.devices import processes
 from ffl_jax.errors import ConfigError, ResourceError
-from ffl_jax.workdir import outputs
+from ffl_jax.workdir import files
+from ffl_jax.workdir.log import read_metrics
 
 ARGUMENTS = (
     *(*MAIN, "--config=configs/digits.py:network=tiny,epochs=2"),
@@ -54,7 +55,7 @@ def alone(commands, tmp_path_factory):
 
 
 def assert_same(workdir, alone):
-    lines, expected = (outputs.read_metrics(one / "metrics.jsonl") for one in (workdir, alone))
+    lines, expected = (read_metrics(one / "metrics.jsonl")[0] for one in (workdir, alone))
     assert len(lines) == len(expected) > 6
     for line, wanted in zip(lines, expected, strict=True):
         assert (line["step"], line["split"]) == (wanted["step"], wanted["split"])
@@ -79,7 +80,7 @@ def test_two_processes_stop_together_continue_and_equal_one(commands, alone, tmp
     assert "stopped by SIGTERM" in said[1]
     steps = [line.split(": ")[2].split(";")[0] for line in said]
     assert steps[0] == steps[1]
-    summary = outputs.read_json(tmp_path / "summary.json")
+    summary = files.read_json(tmp_path / "summary.json")
     assert summary["status"] == "preempted"
     assert steps[0] == f"step {summary['step']} is saved"
     (told, _), (silent, errors) = finish(start(commands, tmp_path), [0, 0])
@@ -88,7 +89,7 @@ def test_two_processes_stop_together_continue_and_equal_one(commands, alone, tmp
     assert "completed" not in silent
     assert "epoch" not in errors
     assert not (tmp_path / "nowhere").exists()
-    summary, expected = (outputs.read_json(one / "summary.json") for one in (tmp_path, alone))
+    summary, expected = (files.read_json(one / "summary.json") for one in (tmp_path, alone))
     assert summary["device"] == expected["device"] == "2 x cpu"
     assert (tmp_path / "curves.png").exists()
 
@@ -98,12 +99,13 @@ def test_other_arguments_are_refused(commands, tmp_path):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     code = """
-from ffl_jax import errors, processes
+from ffl_jax import errors
+from ffl_jax.devices import processes
 processes.join()
 import jax
-processes.check_same({"rate": 1})
+processes.check_equal({"rate": 1})
 try:
-    processes.check_same({"rate": 1 + jax.process_index()})
+    processes.check_equal({"rate": 1 + jax.process_index()})
 except errors.ConfigError as error:
     print(error)
 """

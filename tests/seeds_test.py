@@ -10,13 +10,14 @@ import pytest
 from configs import digits
 from ffl_jax import data, main
 from ffl_jax.devices import backend, preemption
-from ffl_jax.devices.parallel import Parallel
+from ffl_jax.devices.parallel import OWN, Parallel
 from ffl_jax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from ffl_jax.reporting import report
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import loop, scoring, steps
 from ffl_jax.training.experiment import Experiment
-from ffl_jax.workdir import checkpoint, outputs
+from ffl_jax.workdir import checkpoint, files
+from ffl_jax.workdir.log import read_metrics
 
 SEEDS = (3, 4)
 
@@ -58,7 +59,7 @@ def test_each_seed_equals_its_single_run(joint, tmp_path):
             jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
         ):
             np.testing.assert_allclose(leaf, wanted, rtol=2e-4, atol=2e-5, err_msg=str(path))
-        lines, wanted_lines = (outputs.read_metrics(one / "metrics.jsonl") for one in (own, alone))
+        lines, wanted_lines = (read_metrics(one / "metrics.jsonl")[0] for one in (own, alone))
         assert len(lines) == len(wanted_lines) > 6
         for line, wanted in zip(lines, wanted_lines, strict=True):
             assert line.keys() == wanted.keys()
@@ -67,25 +68,35 @@ def test_each_seed_equals_its_single_run(joint, tmp_path):
                 # One image on the other side changes an accuracy by this.
                 atol = 2 / 100 if name.endswith(("top1", "top5", "ece")) else 2e-4
                 np.testing.assert_allclose(line[name], wanted[name], rtol=2e-4, atol=atol, err_msg=name)
-        own_summary = outputs.read_json(own / "summary.json")
+        own_summary = files.read_json(own / "summary.json")
         assert own_summary["seed"] == single["seed"] == summary["seed"][index] == seed
         assert own_summary["predictors"].keys() == single["predictors"].keys()
-        assert checkpoint.steps(own / "checkpoints") == checkpoint.steps(alone / "checkpoints")
+        assert checkpoint.whole_steps(own / "checkpoints") == checkpoint.whole_steps(alone / "checkpoints")
 
 
 def test_the_joint_summary_lists_the_seeds(joint):
     workdir, summary = joint
-    assert summary == outputs.read_json(workdir / "summary.json")
+    assert summary == files.read_json(workdir / "summary.json")
     assert (summary["status"], summary["step"], summary["epoch"]) == ("completed", 22, 2.0)
     assert summary["seed"] == list(SEEDS)
     assert [one["predictors"].keys() for one in summary["best"]] == [summary["predictors"].keys()] * 2
     for name, scores in summary["predictors"].items():
         for key, values in scores.items():
-            own = [outputs.read_json(workdir / f"seed_{seed}" / "summary.json") for seed in SEEDS]
+            own = [files.read_json(workdir / f"seed_{seed}" / "summary.json") for seed in SEEDS]
             assert values == [one["predictors"][name][key] for one in own]
     nll = summary["predictors"]["sub_0"]["nll"]
     assert nll[0] != nll[1]  # they are two
-    assert outputs.read_json(workdir / "config.json")["num_seeds"] == 2
+    assert files.read_json(workdir / "config.json")["num_seeds"] == 2
+
+
+def test_seeds_share_the_time_of_their_training(joint):
+    """Their seconds add up to what passed between the first file and the last."""
+    workdir, summary = joint
+    began, ended = (
+        (workdir / name).stat().st_mtime for name in (f"seed_{SEEDS[0]}/config.json", "summary.json")
+    )
+    seconds = [one["seconds"] for one in summary["training"]]
+    assert 0.6 * (ended - began) < sum(seconds) <= ended - began + 0.1
 
 
 def test_a_seed_is_a_run_for_other_commands(joint):
@@ -126,9 +137,9 @@ def test_stopped_and_killed_seeds_continue_with_the_same_bits(joint, tmp_path, m
         stopped_at(6, patch)
         with pytest.raises(Preempted):
             loop.train(configuration(), tmp_path)
-    summary = outputs.read_json(tmp_path / "summary.json")
+    summary = files.read_json(tmp_path / "summary.json")
     assert summary["status"] == "preempted"
-    newest = checkpoint.steps(tmp_path / "seed_3" / "checkpoints")
+    newest = checkpoint.whole_steps(tmp_path / "seed_3" / "checkpoints")
     assert newest[-1] == summary["step"] >= 6
     shutil.rmtree(tmp_path / "seed_4" / "checkpoints" / str(newest[-1]))
     loop.train(configuration(), tmp_path)
@@ -138,28 +149,10 @@ def test_stopped_and_killed_seeds_continue_with_the_same_bits(joint, tmp_path, m
         assert (own / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
         for leaf, wanted in zip(*(jax.tree.leaves(final_state(one)) for one in (own, expected)), strict=True):
             np.testing.assert_array_equal(leaf, wanted)
-    for step in checkpoint.steps(tmp_path / "seed_4" / "checkpoints"):
+    for step in checkpoint.whole_steps(tmp_path / "seed_4" / "checkpoints"):
         shutil.rmtree(tmp_path / "seed_4" / "checkpoints" / str(step))
     with pytest.raises(CheckpointError, match=r"seed_[34]/checkpoints has no whole step 0"):
         loop.train(configuration(), tmp_path)
-
-
-def test_vectorized_seeds_give_the_same_numbers(tmp_path):
-    """In the first two steps; rounding grows in those that follow."""
-    settings = {"epochs": 1, "log_every_steps": 2, "subnetworks.execution": "loop"}
-    with backend.as_accelerator():
-        loop.train(configuration(**settings), tmp_path / "joint")
-    for seed in SEEDS:
-        loop.train(configuration(1, seed, **settings), tmp_path / str(seed))
-        line, expected = (
-            outputs.read_metrics(tmp_path / one / "metrics.jsonl")[0]
-            for one in (f"joint/seed_{seed}", str(seed))
-        )
-        assert line.keys() == expected.keys()
-        assert line["step"] == 2
-        for name in line.keys() - {"split"}:
-            atol = 2 / 500 if name.endswith(("top1", "top5", "ece")) else 1e-4
-            np.testing.assert_allclose(line[name], expected[name], rtol=1e-3, atol=atol, err_msg=name)
 
 
 def test_vectorized_step_in_float64():
@@ -189,7 +182,8 @@ def test_vectorized_step_in_float64():
         pairs = list(zip(states, batches, strict=True))
         stacked = jax.tree.map(lambda *x: jax.numpy.stack(x), *pairs)
         with backend.as_accelerator():
-            together = jax.jit(Parallel(num_seeds=2).for_seeds(step))(stacked)
+            runner = Parallel("shard_map", num_devices=1, num_seeds=2)
+            together = runner.map(step, (OWN,))(stacked)
         for index, pair in enumerate(pairs):
             alone = jax.jit(step)(pair)
             for actual, expected in zip(
@@ -204,9 +198,9 @@ def test_a_seed_that_diverges_is_named_and_ends_all(tmp_path):
     config = configuration(**{"optimizer.learning_rate": 1e30, "checkpoint.every_steps": 0})
     with pytest.raises(NonFiniteError, match=r"lower config.optimizer.learning_rate"):
         loop.train(config, tmp_path)
-    summaries = [outputs.read_json(tmp_path / f"seed_{seed}" / "summary.json") for seed in SEEDS]
+    summaries = [files.read_json(tmp_path / f"seed_{seed}" / "summary.json") for seed in SEEDS]
     assert [one["status"] for one in summaries] == ["diverged", "preempted"]
-    assert outputs.read_json(tmp_path / "summary.json")["status"] == "diverged"
+    assert files.read_json(tmp_path / "summary.json")["status"] == "diverged"
 
 
 def test_one_checkpoint_is_too_few():

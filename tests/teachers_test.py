@@ -23,9 +23,8 @@ from ffl_jax.devices import preemption
 from ffl_jax.errors import CheckpointError, ConfigError, Preempted
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import loop, teachers
-from ffl_jax.training.experiment import Experiment
-from ffl_jax.training.run import Run
-from ffl_jax.workdir import checkpoint, outputs
+from ffl_jax.training.experiment import Experiment, run_record
+from ffl_jax.workdir import checkpoint, files
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,19 +70,21 @@ def draw(abstract, seed):
 
 def write_run(config, workdir, step=None, seed=0, state=None):
     """Writes the checkpoint of a run, of its last step where none is given, without training it."""
-    run = Run(Experiment(config, data.load(config.data)), pathlib.Path(workdir), "", 1)
-    state = state or draw(run.experiment.abstract_state(), seed)
-    step = run.evaluated_step = run.total_steps if step is None else step
-    with run.writing(step):
-        run.save(step, state.replace(step=jnp.int32(step)))
+    experiment = Experiment(config, data.load(config.data))
+    state = state or draw(experiment.abstract_state(), seed)
+    step = experiment.total_steps if step is None else step
+    with checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
+        record = run_record(experiment, evaluated_step=step)
+        checkpoints.save(step, state.replace(step=jnp.int32(step)), record)
     return state
 
 
 def install(config, experiment=None):
-    """The state of a new student, through `prepare` and `install`."""
+    """The state of a new student whose teachers' runs are named."""
     experiment = experiment or make_experiment(config)
-    runs = teachers.prepare(experiment.config, pathlib.Path("unused"), None)
-    return teachers.install(draw(experiment.abstract_state(), 99), runs, experiment)
+    workdir = pathlib.Path("unused")
+    assert list(teachers.to_train(experiment.config, workdir)) == []
+    return teachers.install(draw(experiment.abstract_state(), 99), experiment, workdir)
 
 
 def assert_equal(tree, expected):
@@ -128,9 +129,9 @@ def test_one_command_trains_all_and_continues(tmp_path, monkeypatch, caplog):
     assert f"Teacher 2 of 2: sub_0 of {second}\n" in caplog.text
     assert (summary["status"], summary["step"], summary["deploy"]) == ("completed", 23, "student")
     assert list(summary["predictors"]) == ["student", "teacher_0", "teacher_1", "teacher_ensemble"]
-    scores = outputs.read_json(second / "summary.json")["predictors"]["sub_0"]
+    scores = files.read_json(second / "summary.json")["predictors"]["sub_0"]
     assert summary["predictors"]["teacher_1"] == pytest.approx(scores)  # parameters and FLOPs, too
-    assert outputs.read_json(second / "config.json")["seed"] == 2000
+    assert files.read_json(second / "config.json")["seed"] == 2000
 
     # Bitwise what they were, statistics included, after an epoch of the student; each in its place.
     trained = final_state(second, configuration("independent", subnetworks__network="tiny_wide"))
@@ -157,9 +158,10 @@ def test_generations_are_nested(tmp_path):
         """A training that ends where it begins, but for its teachers."""
         workdir = pathlib.Path(workdir)
         experiment = make_experiment(config)
-        runs = teachers.prepare(experiment.config, workdir, train_nothing)
+        for teacher, path in teachers.to_train(experiment.config, workdir):
+            train_nothing(teacher, path)
         state = draw(experiment.abstract_state(), config.seed)
-        states[workdir] = write_run(config, workdir, state=teachers.install(state, runs, experiment))
+        states[workdir] = write_run(config, workdir, state=teachers.install(state, experiment, workdir))
 
     train_nothing(configuration("feed", teachers__generations=2, seed=5), tmp_path)
     folders = [tmp_path, tmp_path / "teachers/0", tmp_path / "teachers/0/teachers/0"]
@@ -177,11 +179,12 @@ def test_all_seeds_differ():
     config = configuration("feed", "tiny+tiny+tiny", teachers__generations=2, seed=7)
     seeds = [config.seed]
 
-    def record(teacher, workdir):
-        seeds.append(teacher.seed)
-        teachers.prepare(teacher, pathlib.Path(workdir), record)
+    def record(student, workdir):
+        for teacher, path in teachers.to_train(student, pathlib.Path(workdir)):
+            seeds.append(teacher.seed)
+            record(teacher, path)
 
-    teachers.prepare(config, pathlib.Path("unused"), record)
+    record(config, "unused")
     assert len(set(seeds)) == len(seeds) == 13
     assert all(seed % 1000 == 7 for seed in seeds)
 
@@ -348,7 +351,7 @@ def configuration_of(monkeypatch, command):
 
 
 def test_missing_runs_come_with_their_commands(monkeypatch, tmp_path):
-    """Pasted, each says exactly what `prepare` would train; and one of them is run."""
+    """Pasted, each says exactly what would be trained without it; and one of them is run."""
     monkeypatch.chdir(tmp_path)
     config = configuration(
         teachers="tiny+tiny_wide",
@@ -512,6 +515,7 @@ def test_damaged_run(runs, tmp_path):
 
 def test_methods_without_teachers():
     config = configuration("independent")
-    assert teachers.prepare(config, pathlib.Path("unused"), None) == []
-    state = draw(make_experiment(config).abstract_state(), 0)
-    assert teachers.install(state, [], None) is state
+    experiment, workdir = make_experiment(config), pathlib.Path("unused")
+    assert list(teachers.to_train(config, workdir)) == []
+    state = draw(experiment.abstract_state(), 0)
+    assert teachers.install(state, experiment, workdir) is state

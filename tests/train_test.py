@@ -18,9 +18,10 @@ from configs import digits
 from ffl_jax import data, errors, evaluate
 from ffl_jax.data import resident
 from ffl_jax.devices import preemption
-from ffl_jax.training import config, loop, metrics
+from ffl_jax.training import config, loop, metrics, runs
 from ffl_jax.training.experiment import Experiment
-from ffl_jax.workdir import checkpoint, outputs
+from ffl_jax.workdir import checkpoint
+from ffl_jax.workdir.log import MetricsLog
 
 # 2 epochs of 45 steps on the digits, saved and logged at odd places.
 SETTINGS = (
@@ -74,7 +75,7 @@ def assert_same_run(actual, expected):
         np.testing.assert_array_equal(leaf, expected_leaf, err_msg=jax.tree_util.keystr(path))
     summary, expected_summary = (json.loads((w / "summary.json").read_text()) for w in (actual, expected))
     for one in (summary, expected_summary):
-        del one["images_per_second"], one["training"]["seconds"]
+        del one["images_per_second"], one["training"]["seconds"], one["training"]["start_seconds"]
     assert summary == expected_summary
     assert summary["status"] == "completed"
 
@@ -127,8 +128,8 @@ def test_files_of_a_run(reference):
     # The best epoch is that of the validation split, the first one among equals.
     validation = {row["step"]: row["sub_0/top1"] for row in rows if row["split"] == "validation"}
     assert summary["best"]["step"] == max(validation, key=lambda step: (validation[step], -step))
-    assert checkpoint.steps(reference / "checkpoints" / "best") == [summary["best"]["step"]]
-    assert checkpoint.steps(reference / "checkpoints") == [STEPS - 5, STEPS]
+    assert checkpoint.whole_steps(reference / "checkpoints" / "best") == [summary["best"]["step"]]
+    assert checkpoint.whole_steps(reference / "checkpoints") == [STEPS - 5, STEPS]
     events = next((reference / "tensorboard").iterdir())
     assert b"train/cross_entropy/sub_0" in events.read_bytes()
     assert b"train/batch" in events.read_bytes()
@@ -175,7 +176,7 @@ def test_signals_save_and_end_with_75(commands, reference, tmp_path):
         summary = json.loads((tmp_path / "summary.json").read_text())
         assert summary["status"] == "preempted"
         # Not a step was lost: the signal's own step is saved.
-        assert step <= checkpoint.steps(tmp_path / "checkpoints")[-1] == summary["step"] < STEPS
+        assert step <= checkpoint.whole_steps(tmp_path / "checkpoints")[-1] == summary["step"] < STEPS
     commands.run(*arguments(tmp_path))
     assert_same_run(tmp_path, reference)
 
@@ -256,7 +257,7 @@ def test_divergence_ends_with_5(commands, tmp_path):
     assert "logits of sub_0" in error
     assert "cross_entropy/" in error
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "diverged"
-    assert not checkpoint.steps(tmp_path / "checkpoints")
+    assert not checkpoint.whole_steps(tmp_path / "checkpoints")
 
 
 def test_evaluate_repeats_the_summary(commands, reference, capsys):
@@ -284,13 +285,13 @@ def test_nothing_is_compiled_after_the_first_evaluation(tmp_path, monkeypatch):
     """Counted by JAX itself, from the second step to the third epoch's evaluation."""
     compiled, at_line = [], []
     listen = lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
-    write = outputs.MetricsLog.write
+    write = MetricsLog.write
 
     def counted(log, step, epoch, split, scalars):
         at_line.append((step, split, len(compiled)))
         write(log, step, epoch, split, scalars)
 
-    monkeypatch.setattr(outputs.MetricsLog, "write", counted)
+    monkeypatch.setattr(MetricsLog, "write", counted)
     settings = digits.get_config("epochs=3,network=tiny")
     settings.log_every_steps = 2
     settings.evaluation.every_epochs = 1
@@ -331,10 +332,10 @@ def test_augmented_images_and_alarms_are_shown(tmp_path, monkeypatch, caplog):
     """The views of KDCL's networks, said to be identical to see the alarm, once; histograms on request."""
     shown, histograms = {}, []
     monkeypatch.setattr(
-        outputs.MetricsLog, "write_images", lambda log, step, name, images: shown.update({name: images})
+        MetricsLog, "write_images", lambda log, step, name, images: shown.update({name: images})
     )
     monkeypatch.setattr(
-        outputs.MetricsLog, "write_histograms", lambda log, step, tree: histograms.append((step, tree))
+        MetricsLog, "write_histograms", lambda log, step, tree: histograms.append((step, tree))
     )
     one = {name: np.full((2, 2), value) for name, value in (("disagreement", 0), ("kl", 1e-9), ("cka", 1))}
     monkeypatch.setattr(metrics, "diversity_scores", lambda sums: one)
@@ -362,7 +363,7 @@ def test_augmented_images_and_alarms_are_shown(tmp_path, monkeypatch, caplog):
 
 def test_no_room_for_checkpoints(tmp_path, monkeypatch):
     """Refused before a step is compiled or a file of the run is written."""
-    monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**4))
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**4))
     with pytest.raises(errors.ResourceError, match=r"0\.0 MB free, but 2 checkpoints and the next one need"):
         loop.train(digits.get_config("network=tiny"), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -9,6 +9,7 @@ from ffl_jax.data import folder as folder
 from ffl_jax.data import tiny_imagenet as tiny_imagenet
 from ffl_jax.data.base import Dataset, Split, StreamedSplit
 from ffl_jax.errors import ConfigError, DatasetError
+from ffl_jax.registry import check_choice
 
 __all__ = ["Dataset", "Split", "StreamedSplit", "eval_input", "load", "train_input"]
 
@@ -66,12 +67,11 @@ def train_input(split: Split | StreamedSplit, config, parallel, views: int = 0):
 
     Returns:
       An object with `steps_per_epoch`; `batches(epoch, position)`, an iterator over the arrays of this and
-      the following batches of one epoch, on the devices; `apart(arrays)`, which divides them into what each
-      seed has for itself, with a leading axis where they are several, and what all share; `batch(own, shared,
-      step)`, to be called with these inside the compiled step, which gives `image` and `label` of one seed on
-      this device; `arrays`, what they are for `parallel.map`; `reusable`, whether they serve all steps of the
-      epoch that follow rather than one; `close()`. What it gives is a pure function of the configuration's
-      seed, the epoch and the position.
+      the following batches of one epoch, on the devices; `kinds`, what they are for `parallel.map`;
+      `batch(arrays, step)`, to be called inside the compiled step of one run, which gives `image` and `label`
+      for this device; `reusable`, whether the arrays serve all steps of the epoch that follow rather than
+      one; `close()`. What it gives is a pure function of the configuration's seed, the epoch and the
+      position.
     """
     return _inputs(split).TrainInput(split, config, parallel, views)
 
@@ -80,7 +80,7 @@ def eval_input(split: Split | StreamedSplit, config, parallel):
     """What feeds evaluation with a split: `batches()` gives every example once, `batch_size` at a time.
 
     `batch(arrays)`, inside the compiled program, gives `image`, `label` and `weight`, which is 0 for padding;
-    `arrays` says what they are for `parallel.map`.
+    `kinds` says what they are for `parallel.map`.
     """
     return _inputs(split).EvalInput(split, config, parallel)
 
@@ -95,8 +95,7 @@ def _check_settings(config):
     for key in ("validation_examples", "image_size", "workers"):
         if config[key] < 0:
             raise ConfigError(f"config.data.{key} must be 0 or more, got {config[key]}.")
-    if config.crop not in crops.CROPS:
-        raise ConfigError(f"config.data.crop must be one of {', '.join(crops.CROPS)}, got {config.crop!r}.")
+    check_choice("config.data.crop", config.crop, crops.CROPS)
     if not config.streaming and config.crop != "pad":
         raise ConfigError(
             f"config.data.crop={config.crop} cuts each image at its own size, which only streaming does: set "

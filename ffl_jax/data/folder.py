@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -52,14 +53,8 @@ def load_tree(config, top: pathlib.Path, test: str, layout: str):
         raise DatasetError(
             f"{top} has different classes in train and {test}, {differences}; make them agree."
         )
-    files, states = {}, []
-    for split in names:
-        classes = [listed[f"{split}/{name}"] for name in names[split]]
-        listing = join(classes)
-        labels = np.repeat(np.arange(len(classes)), [len(one.paths) for one in classes])
-        files["train" if split == "train" else "test"] = records.Files(top, listing, labels)
-        states.append(state(listing))
-    return *records.splits(config, config.name, "".join(states), files), tuple(train)
+    labelled = (by_class([listed[f"{split}/{name}"] for name in names[split]]) for split in names)
+    return *splits(config, top, *labelled), tuple(train)
 
 
 @contextlib.contextmanager
@@ -105,21 +100,24 @@ def list_files(top: pathlib.Path, folders: list[str]) -> dict[str, records.Listi
     return found
 
 
-def join(listings: list[records.Listing]) -> records.Listing:
-    """One listing after the other."""
+def by_class(listings: list[records.Listing]) -> tuple[records.Listing, np.ndarray]:
+    """One listing after the other, and the labels of the files: the places of their listings."""
     paths = [path for listing in listings for path in listing.paths]
-    return records.Listing(paths, np.concatenate([listing.states for listing in listings]))
+    labels = np.repeat(np.arange(len(listings)), [len(listing.paths) for listing in listings])
+    return records.Listing(paths, np.concatenate([listing.states for listing in listings])), labels
 
 
-def state(listing: records.Listing) -> str:
-    """What decoded images of these files depend on.
-
-    Full paths, so that two trees whose files agree in size and time are never taken for one another. The
-    change time cannot be set by hand: a restored old time is seen, too.
-    """
-    return "".join(
-        f"{path}\0{row}\0" for path, row in zip(listing.paths, listing.states.tolist(), strict=True)
+def splits(config, top: pathlib.Path, *labelled: tuple[records.Listing, Sequence[int]]):
+    """The train and the test split from the files below `top` and the labels of each."""
+    # Full paths, so that two trees whose files agree in size and time are never taken for one another. The
+    # change time cannot be set by hand: a restored old time is seen, too.
+    source = "".join(
+        f"{path}\0{row}\0"
+        for listing, _ in labelled
+        for path, row in zip(listing.paths, listing.states.tolist(), strict=True)
     )
+    files = {role: records.Files(top, *one) for role, one in zip(("train", "test"), labelled, strict=True)}
+    return records.splits(config, config.name, source, files)
 
 
 def some(names: list[str]) -> str:

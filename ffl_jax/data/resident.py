@@ -96,7 +96,7 @@ def eval_batch(images, labels, indices, weights, settings) -> dict[str, jax.Arra
 class TrainInput:
     """Feeds the training step; see `data.train_input`. With several seeds, each has an order of its own."""
 
-    arrays = (parallel_lib.OWN, parallel_lib.SHARED)
+    kinds = (parallel_lib.OWN, parallel_lib.SHARED)
     reusable = True
 
     def __init__(self, split, config, parallel, views: int):
@@ -108,23 +108,20 @@ class TrainInput:
         def order(own):
             return own, epoch_order(own["seed"], own["epoch"], len(split), config.batch_size)
 
-        self._order = parallel.map(parallel.for_seeds(order), (parallel_lib.OWN,))
-        seeds = np.arange(config.seed, config.seed + parallel.num_seeds, dtype=np.uint32)
-        self._seeds = seeds if parallel.num_seeds > 1 else seeds[0]
+        self._order = parallel.map(order, (parallel_lib.OWN,))
+        self._first_seed = config.seed
 
     def batches(self, epoch: int, position: int):
-        own = {"seed": self._seeds, "epoch": np.full_like(self._seeds, epoch, dtype=np.int32)}
-        order = self._order(self._parallel.place(own, parallel_lib.OWN))
+        seeds = range(self._first_seed, self._first_seed + self._parallel.num_seeds)
+        own = [{"seed": np.uint32(seed), "epoch": np.int32(epoch)} for seed in seeds]
+        order = self._order(self._parallel.place_runs(own))
         for _ in range(position, self.steps_per_epoch):
             yield order, self._examples  # the step picks its batch itself, by its number
 
-    def apart(self, arrays):
-        return arrays
-
-    def batch(self, own, shared, step: jax.Array) -> dict[str, jax.Array]:
-        about, order = own
+    def batch(self, arrays, step: jax.Array) -> dict[str, jax.Array]:
+        (about, order), examples = arrays
         indices = parallel_lib.share(order[step % self.steps_per_epoch])
-        return train_batch(*shared, indices, about["seed"], about["epoch"], self._settings, self._views)
+        return train_batch(*examples, indices, about["seed"], about["epoch"], self._settings, self._views)
 
     def close(self):
         pass
@@ -133,7 +130,7 @@ class TrainInput:
 class EvalInput:
     """Feeds the evaluation step; see `data.eval_input`."""
 
-    arrays = parallel_lib.SHARED
+    kinds = parallel_lib.SHARED
 
     def __init__(self, split, config, parallel):
         self._settings = config.data

@@ -152,7 +152,7 @@ class TrainInput:
     batch was.
     """
 
-    arrays = parallel_lib.BATCH
+    kinds = parallel_lib.BATCH
     reusable = False
 
     def __init__(self, split: base.StreamedSplit, config, parallel, views: int):
@@ -182,11 +182,8 @@ class TrainInput:
             self._next_step = step + 1
             yield self._parallel.place(arrays, parallel_lib.BATCH)
 
-    def apart(self, arrays):
-        return (), arrays
-
-    def batch(self, own, shared, step: jax.Array) -> dict[str, jax.Array]:
-        images, labels, indices = shared
+    def batch(self, arrays, step: jax.Array) -> dict[str, jax.Array]:
+        images, labels, indices = arrays
         if self._settings.crop == "pad":
             epoch = step // self.steps_per_epoch
             image = resident.augmented(images, indices, self._seed, epoch, self._settings, self._views)
@@ -205,7 +202,7 @@ class TrainInput:
 class EvalInput:
     """Feeds the evaluation step; see `data.eval_input`. Workers live as long as one sweep over the split."""
 
-    arrays = parallel_lib.BATCH
+    kinds = parallel_lib.BATCH
 
     def __init__(self, split: base.StreamedSplit, config, parallel):
         self._settings, self._parallel = config.data, parallel

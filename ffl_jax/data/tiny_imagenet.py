@@ -3,8 +3,6 @@
 import os
 import pathlib
 
-import numpy as np
-
 from ffl_jax.data import base, folder, records
 from ffl_jax.errors import DatasetError
 
@@ -25,20 +23,15 @@ def load(config):
     wnids = sorted(_lines(top / "wnids.txt"))
     listed = folder.list_files(top, [*(f"train/{wnid}/images" for wnid in wnids), "val/images"])
     test = listed.pop("val/images")
-    train = folder.join(list(listed.values()))
-    labels = np.repeat(np.arange(len(wnids)), [len(one.paths) for one in listed.values()])
-    files = {
-        "train": records.Files(top, train, labels),
-        "test": records.Files(top, test, _annotations(top / "val" / "val_annotations.txt", test, wnids)),
-    }
-    source = f"{folder.state(train)}{folder.state(test)}"
-    return *records.splits(config, config.name, source, files), _names(top / "words.txt", wnids)
+    train = folder.by_class(list(listed.values()))
+    labels = _annotations(top / "val" / "val_annotations.txt", test, wnids)
+    return *folder.splits(config, top, train, (test, labels)), _names(top / "words.txt", wnids)
 
 
 def _annotations(path: pathlib.Path, listing: records.Listing, wnids: list[str]) -> list[int]:
     """The label of each file, from lines of `file <tab> wnid <tab> box`."""
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
-    wnid_of = dict(line.split("\t")[:2] for line in _lines(path) if "\t" in line)
+    wnid_of = _table(path)
     names = [os.path.basename(file) for file in listing.paths]
     unknown = [name for name in names if wnid_of.get(name) not in label_of]
     if unknown:
@@ -49,7 +42,7 @@ def _annotations(path: pathlib.Path, listing: records.Listing, wnids: list[str])
 
 
 def _names(path: pathlib.Path, wnids: list[str]) -> tuple[str, ...]:
-    words = dict(line.split("\t")[:2] for line in _lines(path) if "\t" in line)
+    words = _table(path)
     names = [words.get(wnid, wnid) for wnid in wnids]
     return tuple(
         name if names.count(name) == 1 else f"{name} ({wnid})"
@@ -57,9 +50,14 @@ def _names(path: pathlib.Path, wnids: list[str]) -> tuple[str, ...]:
     )
 
 
+def _table(path: pathlib.Path) -> dict[str, str]:
+    """{first field: second} of its lines, whose fields are separated by tabs."""
+    return dict(line.split("\t")[:2] for line in _lines(path) if "\t" in line)
+
+
 def _lines(path: pathlib.Path) -> list[str]:
     try:
-        return [line for line in path.read_text("utf-8").splitlines() if line]
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
     except FileNotFoundError as error:
         raise DatasetError(
             f"config.data.data_dir has no {path}; {_LAYOUT}. Where val has class folders, set "

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ffl_jax.devices import backend
 from ffl_jax.errors import ConfigError
+from ffl_jax.registry import check_choice
 
 _DATA, _SEED, _SUBNETWORK = "data", "seed", "subnetwork"
 _STACKED = "branches"  # the name that `subnetworks.Stacked` gives to variables with a leading axis K
@@ -31,6 +32,7 @@ BATCH = "batch"  # split along the first axis over the shares of a batch
 
 
 def _size(axis: str) -> int:
+    # JAX has no question for "is this axis mapped?" but the error.
     try:
         return lax.axis_size(axis)
     except NameError:  # not mapped
@@ -60,6 +62,7 @@ def first(tree):
     """The first share's copy of every leaf, bit for bit, where a mean of equal copies would be rounded."""
     if not axis_name():
         return tree
+    # A sum of one copy and zeros is that copy to the bit.
     here = lax.axis_index(_DATA) == 0
     return lax.psum(jax.tree.map(lambda x: jnp.where(here, x, jnp.zeros_like(x)), tree), _DATA)
 
@@ -132,8 +135,7 @@ class Parallel:
           subnetworks, seeds: over how many devices the sub-networks of a run, and the runs, are spread.
           num_seeds: how many runs a program holds.
         """
-        if mode not in MODES:
-            raise ConfigError(f"parallel.mode must be one of {', '.join(MODES)}, got {mode!r}.")
+        check_choice("parallel.mode", mode, MODES)
         available, processes = jax.device_count(), jax.process_count()
         if not 0 <= num_devices <= available or (processes > 1 and num_devices not in (0, available)):
             wanted = f"1..{available}, or to 0 for all" if processes == 1 else "0: several processes use all"
@@ -160,6 +162,7 @@ class Parallel:
                 f"parallel.seeds={seeds} does not divide num_seeds={num_seeds}: choose another."
             )
         self.shares = self.num_devices // columns
+        # Sorted by process, so that each has a contiguous part of the mesh, and of every batch.
         self.seeds, self._subnetworks = seeds, subnetworks
         devices = sorted(jax.devices(), key=lambda device: device.process_index)[: self.num_devices]
         self._all_devices = devices
@@ -193,7 +196,7 @@ class Parallel:
 
     def check_networks(self, networks):
         """Raises ConfigError unless the sub-networks of a method can be spread as `subnetworks` says."""
-        if self._subnetworks > 1 and (not hasattr(networks, "network") or networks.num % self._subnetworks):
+        if self._subnetworks > 1 and (not networks.are_copies or networks.num % self._subnetworks):
             raise ConfigError(
                 f"parallel.subnetworks={self._subnetworks} spreads copies of one network evenly: their "
                 f"number, now {networks.num}, must be a multiple of it, and the networks the same."
@@ -213,6 +216,8 @@ class Parallel:
             return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
 
         def get(x):
+            # An array over several processes cannot be fetched: of this one's shards another array is made,
+            # which is whole, for each process has whole runs.
             sharding = NamedSharding(self._local_mesh, x.sharding.spec)
             shards = [shard.data for shard in x.addressable_shards]
             here = jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
@@ -220,32 +225,39 @@ class Parallel:
 
         return jax.tree.map(get, tree)
 
-    def for_seeds(self, function):
-        """`function(own, *shared)` of one seed, for trees `own` and results with a leading axis of seeds.
+    def place_runs(self, trees):
+        """Puts one tree for each run on the devices, as an `OWN` argument."""
+        trees = list(trees)
+        assert len(trees) == self.num_seeds, f"{len(trees)} trees for {self.num_seeds} runs"
+        joined = trees[0] if self.num_seeds == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        return self.place(joined, OWN)
 
-        A CPU takes one seed after another, since a convolution that is vmapped over kernels is slow there.
-        One seed has no such axis.
-        """
+    def repeat(self, tree):
+        """Puts the same tree on the devices for every run, as an `OWN` argument."""
+        return self.place_runs([tree] * self.num_seeds)
+
+    def fetch_runs(self, tree) -> list:
+        """`fetch` of what is `OWN`: one tree for each run."""
+        fetched = self.fetch(tree)
         if self.num_seeds == 1:
-            return function
-        over = lax.map if backend.is_cpu() else lambda one, own: jax.vmap(one)(own)
-        return lambda own, *shared: over(lambda one: function(one, *shared), own)
+            return [fetched]
+        return [jax.tree.map(lambda leaf, k=k: leaf[k], fetched) for k in range(self.num_seeds)]
 
-    def map(self, function, arguments: tuple, results=OWN, donate_argnums=()):
-        """Compiles `function` for all devices.
+    def map(self, function, arguments: tuple, results=OWN, donate: tuple[int, ...] = ()):
+        """Compiles a function of one run on one device, for all runs and all devices.
 
-        The results must be equal along the data axis: join them with `mean` or `sum`. Arguments named by
-        `donate_argnums` give their memory to the results and cannot be used again.
+        Results are `OWN` of each run. They must be equal along the data axis: join them with `mean` or `sum`.
 
         Args:
-          function: of one device.
+          function: see above.
           arguments: for each argument what it is, a kind or a tree of kinds.
-          results: likewise; a number stands for the form of that argument, and is needed where stacked
-            sub-networks are among the results.
-          donate_argnums: see above.
+          results: `OWN`, or, where stacked sub-networks are among them, the number of an argument of the same
+            form; of several results, a tuple of these.
+          donate: numbers of arguments that give their memory to the results, and cannot be used again.
         """
+        function = self._over_seeds(function, arguments)
         if self.mode == "pmap":
-            return jax.pmap(function, _DATA, devices=self._all_devices, donate_argnums=donate_argnums)
+            return jax.pmap(function, _DATA, devices=self._all_devices, donate_argnums=donate)
 
         def run(*given):
             specs = jax.tree.map(lambda kind, tree: self._specs(tree, kind), arguments, given)
@@ -259,7 +271,32 @@ class Parallel:
             )
             return mapped(*given)
 
-        return functools.wraps(function)(jax.jit(run, donate_argnums=donate_argnums))
+        return functools.wraps(function)(jax.jit(run, donate_argnums=donate))
+
+    def _over_seeds(self, function, arguments):
+        """The same for all runs that are on this device, where they are several: `OWN` trees have an axis."""
+        if self.num_seeds == 1:
+            return function
+
+        def split(given, own):
+            return jax.tree.map(lambda kind, x: x if (kind == OWN) == own else None, arguments, given)
+
+        def runs(*given):
+            if not backend.is_cpu():
+                return jax.vmap(function, jax.tree.map(lambda kind: 0 if kind == OWN else None, arguments))(
+                    *given
+                )
+            # A convolution that is vmapped over kernels is slow on a CPU, so it takes one run after another.
+            common = split(given, False)
+
+            def one(own):
+                return function(
+                    *jax.tree.map(lambda kind, a, b: a if kind == OWN else b, arguments, own, common)
+                )
+
+            return lax.map(one, split(given, True))
+
+        return functools.wraps(function)(runs)
 
     def _specs(self, tree, kind):
         """How each leaf of a tree lies on the mesh; without a tree, how one without sub-networks does."""
@@ -268,6 +305,7 @@ class Parallel:
             return spec if tree is None else jax.tree.map(lambda _: spec, tree)
         leading = (_SEED,) if self.num_seeds > 1 else ()
 
+        # Parameters, momenta and averages of stacked sub-networks all lie under the same name in their trees.
         def spec(path, leaf):
             stacked = any(getattr(key, "key", None) == _STACKED for key in path)
             if stacked and leaf.shape[len(leading)] % self._subnetworks == 0:
@@ -285,10 +323,12 @@ class Parallel:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             data = self._put(kind, jax.random.key_data(x), spec)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        # Donated memory must be nobody else's.
         x = jnp.array(x, copy=True)  # device_put alone shares the memory where it can
         if pmap:  # which wants the copies along a leading axis
             x = jnp.broadcast_to(x[None], (len(self.devices), *x.shape))
         if pmap or jax.process_count() == 1:
             return jax.device_put(x, sharding)
+        # Every process gives all of it, and JAX takes what its devices hold.
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index]))

@@ -113,7 +113,7 @@ class Agreement:
         return self._stopping
 
 
-def check_same(identity):
+def check_equal(identity):
     """Raises ConfigError in all processes unless they give the same JSON-able value."""
     found = gathered([zlib.crc32(json.dumps(identity, sort_keys=True).encode()) >> 1])
     if (found != found[0]).any():

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,19 @@ from ffl_jax import data
 from ffl_jax.data import Dataset, Split
 from ffl_jax.devices import backend
 from ffl_jax.devices.parallel import SHARED, Parallel
+from ffl_jax.devices.timing import step_seconds
 from ffl_jax.errors import ConfigError
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import loop, scoring, steps, vectorize
 from ffl_jax.training.experiment import Experiment, versions
-from ffl_jax.workdir.progress import FIRST_STEP
+from ffl_jax.workdir import files
 
 # The result, or several in parentheses, and the name; of one in two halves, the second.
 _COLLECTIVE = re.compile(
     r" = (\S+|\(.*?\)) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-done)?\("
 )
+_COLUMNS = ("what", "seeds", "K", "batch", "execution", "precision", "ms", "images/s", "GFLOP/s (of peak)")
+_COLUMNS += ("GB/s (of peak)", "compile s", "temporary MB", "exchanged MB (messages)")
 _LOOP_SECONDS = 20.0
 _STREAM_SECONDS = 10.0
 
@@ -72,21 +76,17 @@ class Benchmark:
     def heading(self) -> str:
         """Machine, configuration, and the head of the table."""
         machine, config = self.machine, self._config
-        peaks = ", ".join(
-            f"{x / 1e9:.0f} GFLOP/s in {precision}" for precision, x in machine["peaks"].items()
-        )
+        peaks = ", ".join(f"{x / 1e9:.0f} GFLOP/s in {name}" for name, x in machine["peaks"].items())
+        made_of = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        size = "x".join(map(str, self._experiment.image_shape[:2]))
         return (
-            f"{machine['devices']} x {machine['device']}, {machine['cores']} cores; "
-            f"{', '.join(f'{name} {version}' for name, version in machine['versions'].items())}\n"
+            f"{machine['devices']} x {machine['device']}, {machine['cores']} cores; {made_of}\n"
             f"peaks measured: {peaks}, {machine['bandwidth'] / 1e9:.0f} GB/s\n"
-            f"{config.method.name}, {config.subnetworks.network}, images of "
-            f"{'x'.join(map(str, self._experiment.image_shape[:2]))}\n\n"
-            "| what | seeds | K | batch | execution | precision | ms | images/s | GFLOP/s (of peak) | "
-            "GB/s (of peak) | compile s | temporary MB | exchanged MB (messages) |\n"
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+            f"{config.method.name}, {config.subnetworks.network}, images of {size}\n\n"
+            f"| {' | '.join(_COLUMNS)} |\n|{' --- |' * len(_COLUMNS)}"
         )
 
-    def steps(self, grid: dict[str, list]):
+    def training_steps(self, grid: dict[str, list]):
         """The bare training step for each combination of the grid's values."""
         configs = []
         for combination in itertools.product(*grid.values()):
@@ -96,34 +96,33 @@ class Benchmark:
             self._parallel.check_batch_size(configs[-1].batch_size, configs[-1].accumulate)
         for config in configs:
             experiment = Experiment(config, self._dataset)
-            devices = Parallel(**config.parallel, num_seeds=config.num_seeds)
-            devices.check_networks(experiment.method.subnetworks)
-            vectorize.settle(experiment, devices)
-            make = functools.partial(vectorize.training_step, experiment, experiment.method, devices)
+            parallel = Parallel(**config.parallel, num_seeds=config.num_seeds)
+            parallel.check_networks(experiment.method.subnetworks)
+            vectorize.settle(experiment, parallel)
+            make = functools.partial(vectorize.training_step, experiment, experiment.method, parallel)
             _, state, batch = make()
             compiled, facts = self._compile(lambda make=make: make()[0], (state, batch), experiment)
-            seconds = vectorize.step_seconds(compiled, state, batch)
+            seconds = step_seconds(compiled, state, batch)
             self._row("training step", experiment, seconds, config.batch_size, facts)
 
     def evaluation(self):
         """A batch of the test split scored; without its input where that is streamed."""
         state = self._state()
         make = functools.partial(
-            scoring.Sweep,
+            scoring.SplitSums,
             *(steps.eval_step, self._experiment.method, self._dataset.test, self._config, self._parallel),
         )
-        sweep = make()
-        with contextlib.closing(sweep.input.batches()) as batches:
-            arguments = (sweep.zero, (state.params, state.model_state), next(batches))
+        sums = make()
+        with contextlib.closing(sums.input.batches()) as batches:
+            arguments = (sums.zero, state.variables, next(batches))
         compiled, facts = self._compile(lambda: make().program, arguments, self._experiment)
-        seconds = vectorize.step_seconds(compiled, *arguments)
-        self._row("evaluation step", self._experiment, seconds, sweep.input.batch_size, facts)
+        seconds = step_seconds(compiled, *arguments)
+        self._row("evaluation step", self._experiment, seconds, sums.input.batch_size, facts)
 
     def input(self):
         """Batches of the training split: on the device where it is resident, on the host where it streams."""
         method, config = self._experiment.method, self._experiment.config
-        views = method.subnetworks.num if method.views else 0
-        inputs = data.train_input(self._dataset.train, config, self._parallel, views)
+        inputs = data.train_input(self._dataset.train, config, self._parallel, method.num_views)
         try:
             if inputs.reusable:
                 seconds = self._resident_seconds(inputs)
@@ -139,12 +138,12 @@ class Benchmark:
     def _resident_seconds(self, inputs):
         def run(carry, arrays):
             total, step = carry
-            batch = inputs.batch(*inputs.apart(arrays), step)
+            batch = inputs.batch(arrays, step)
             return total + batch["image"].sum() + batch["label"].sum(), (step + 1) % inputs.steps_per_epoch
 
-        program = self._parallel.map(run, (SHARED, inputs.arrays), donate_argnums=(0,))
+        program = self._parallel.map(run, (SHARED, inputs.kinds), donate=(0,))
         carry = self._parallel.place((jnp.zeros(()), np.int32(0)))
-        return vectorize.step_seconds(program, carry, next(inputs.batches(0, 0)))
+        return step_seconds(program, carry, next(inputs.batches(0, 0)))
 
     def _streamed_seconds(self, inputs):
         """Of one batch, once the first quarter of them has emptied the buffers."""
@@ -173,11 +172,11 @@ class Benchmark:
         step, state, batch = vectorize.training_step(
             self._experiment, self._experiment.method, self._parallel
         )
-        seconds = vectorize.step_seconds(step, state, batch)
+        seconds = step_seconds(step, state, batch)
         config = type(self._config)(self._experiment.config.to_dict())
         dataset = self._dataset
         most = max(2, int(_LOOP_SECONDS / seconds)) * config.batch_size
-        if hasattr(dataset.train, "images") and len(dataset.train) > most:
+        if isinstance(dataset.train, Split) and len(dataset.train) > most:
             dataset = dataclasses.replace(
                 dataset, train=dataset.train.take(np.arange(len(dataset.train)) < most)
             )
@@ -190,7 +189,7 @@ class Benchmark:
             summary = loop.train(config, workdir, dataset)
         speed = summary["images_per_second"]
         self._row("training loop", self._experiment, config.batch_size / speed, config.batch_size, {})
-        again = vectorize.step_seconds(step, self._state(), batch)
+        again = step_seconds(step, self._state(), batch)
         more = 2 * config.batch_size / speed / (seconds + again) - 1
         print(
             f"(a bare step takes {1e3 * seconds:.1f} ms before and {1e3 * again:.1f} ms after; one of the "
@@ -202,24 +201,19 @@ class Benchmark:
         with tempfile.TemporaryDirectory() as folder:
             for what in ("start to first step, cache empty", "start to first step, cache full"):
                 environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
-                program = [
-                    sys.executable,
-                    "-m",
-                    "ffl_jax.main",
-                    *arguments,
-                    f"--workdir={folder}/{len(self.rows)}",
-                ]
-                process = subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True)
-                lines = []
-                for line in process.stderr:
-                    lines.append(line)
-                    if line.startswith(FIRST_STEP):
-                        process.terminate()
-                process.wait()
-                found = [line for line in lines if line.startswith(FIRST_STEP)]
-                if not found:
+                workdir = Path(folder) / str(len(self.rows))
+                program = [sys.executable, "-m", "ffl_jax.main", *arguments]
+                program += ["--config.log_every_steps=1", f"--workdir={workdir}"]
+                with open(f"{folder}/log", "w") as log:
+                    process = subprocess.Popen(program, env=environment, stderr=log)
+                    while process.poll() is None and not _has_lines(workdir / "metrics.jsonl"):
+                        time.sleep(0.1)
+                    process.terminate()
+                    process.wait()
+                seconds = files.read_json(workdir / "summary.json").get("training", {}).get("start_seconds")
+                if seconds is None:
+                    lines = Path(f"{folder}/log").read_text(errors="replace").splitlines()
                     raise ConfigError(f"{' '.join(program)}: {lines[-1] if lines else 'it said nothing'}")
-                seconds = float(found[0].split()[5])
                 self._row(what, self._experiment, seconds, None, {})
 
     def memory(self) -> dict[str, float]:
@@ -254,35 +248,27 @@ class Benchmark:
             "num_seeds": config.num_seeds,
             "num": networks.num,
             "batch_size": batch_size,
-            "execution": "vmap" if getattr(networks, "vectorize", False) else "loop",
+            "execution": "vmap" if networks.vectorize else "loop",
             "precision": config.precision,
             "milliseconds": 1e3 * seconds,
             "images_per_second": batch_size * config.num_seeds / seconds if batch_size else None,
             **facts,
         }
         self.rows.append(row)
-        rates = []
-        for key, peak in (
-            ("flops", self.machine["peaks"][config.precision]),
-            ("bytes", self.machine["bandwidth"]),
-        ):
-            rate = facts[key] / seconds if facts.get(key) else None
-            rates.append(f"{rate / 1e9:.0f} ({100 * rate / peak:.0f} %)" if rate else "")
-        shown = [
-            what,
-            row["num_seeds"],
-            row["num"],
-            batch_size or "",
-            row["execution"],
-            row["precision"],
-            f"{row['milliseconds']:.{1 if seconds > 0.1 else 3}f}",
-            f"{row['images_per_second']:.0f}" if batch_size else "",
-            *rates,
-            f"{facts['compile_seconds']:.1f}" if facts.get("compile_seconds") else "",
-            f"{facts['temporary_mb']:.0f}" if facts.get("temporary_mb") else "",
-            _exchanged(facts.get("communication")),
-        ]
-        print("| " + " | ".join(map(str, shown)) + " |", flush=True)
+
+        def shown(key, digits):
+            return f"{row[key]:.{digits}f}" if row.get(key) else ""
+
+        def rate(key, peak):
+            each = row[key] / seconds if row.get(key) else None
+            return f"{each / 1e9:.0f} ({100 * each / peak:.0f} %)" if each else ""
+
+        cells = [what, row["num_seeds"], networks.num, batch_size or "", row["execution"], row["precision"]]
+        cells += [shown("milliseconds", 1 if seconds > 0.1 else 3), shown("images_per_second", 0)]
+        cells += [rate("flops", self.machine["peaks"][config.precision])]
+        cells += [rate("bytes", self.machine["bandwidth"])]
+        cells += [shown("compile_seconds", 1), shown("temporary_mb", 0), _exchanged(row.get("communication"))]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def noise(config, classes: int, examples: int = 0):
@@ -294,26 +280,25 @@ def noise(config, classes: int, examples: int = 0):
         return Split(images, rng.integers(0, classes, count).astype(np.int32))
 
     names = tuple(f"class {index}" for index in range(max(2, classes)))
-    return Dataset(
-        "noise",
-        split(examples or 200 * config.batch_size),
-        split(config.evaluation.batch_size),
-        names,
-        "noise",
-    )
+    train, test = split(examples or 200 * config.batch_size), split(config.evaluation.batch_size)
+    return Dataset("noise", train, test, names, "noise")
+
+
+def _has_lines(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def peak_flops(precision: str) -> float:
     """FLOP/s of a large matrix product on one device."""
     side = 1024 if backend.is_cpu() else 8192
     x = jnp.full((side, side), 1e-3, precision)
-    return 2 * side**3 / vectorize.step_seconds(jax.jit(lambda x: x @ x), x)
+    return 2 * side**3 / step_seconds(jax.jit(lambda x: x @ x), x)
 
 
 def bandwidth() -> float:
     """Bytes/s, read and written, of a large sum on one device."""
     x = jnp.ones(1 << 26, jnp.float32)
-    return 2 * x.nbytes / vectorize.step_seconds(jax.jit(lambda x: x + 1, donate_argnums=0), x)
+    return 2 * x.nbytes / step_seconds(jax.jit(lambda x: x + 1, donate_argnums=0), x)
 
 
 def communication(program: str) -> dict[str, dict[str, int]]:

@@ -9,6 +9,7 @@ from ffl_jax import methods
 from ffl_jax.data.augment import PAD_MODES
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import subnetworks
+from ffl_jax.registry import check_choice
 from ffl_jax.training import optimizers
 from ffl_jax.training.steps import PRECISIONS
 
@@ -56,10 +57,7 @@ def check(config: ConfigDict):
             f"config.num_seeds={config.num_seeds} shares a dataset in memory, but config.data.streaming is "
             "set: train one seed at a time, each with its own --config.seed and --workdir."
         )
-    if config.precision not in PRECISIONS:
-        raise ConfigError(
-            f"config.precision must be one of {', '.join(PRECISIONS)}, got {config.precision!r}."
-        )
+    check_choice("config.precision", config.precision, PRECISIONS)
     for key in ("mean", "std"):
         if len(config.data[key]) not in (0, 3):
             raise ConfigError(
@@ -67,10 +65,7 @@ def check(config: ConfigDict):
             )
     if any(value <= 0 for value in config.data.std) or bool(config.data.mean) != bool(config.data.std):
         raise ConfigError("config.data: set mean and std together, each std > 0, or leave both empty.")
-    if config.data.pad_mode not in PAD_MODES:
-        raise ConfigError(
-            f"config.data.pad_mode must be one of {', '.join(PAD_MODES)}, got {config.data.pad_mode!r}."
-        )
+    check_choice("config.data.pad_mode", config.data.pad_mode, PAD_MODES)
     optimizers.merge_rules(config.optimizer, config.optimizer_rules)
     # With any number of classes: what does not go together is refused before the data is looked for.
     method = methods.build(config, num_classes=2)

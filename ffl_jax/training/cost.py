@@ -1,6 +1,7 @@
 """What deploying a prediction costs, in parameters and operations, and what training takes, in memory."""
 
 import functools
+import logging
 import math
 
 import jax
@@ -9,49 +10,43 @@ from jax.interpreters import partial_eval
 
 from ffl_jax.data import Split
 from ffl_jax.devices import backend
+from ffl_jax.methods.subnetworks import vectorized
 from ffl_jax.training import steps
 
 
-def prediction_costs(method, params, model_state, image_shape) -> dict[str, dict[str, int]]:
+def prediction_costs(method, variables, image_shape) -> dict[str, dict[str, int]]:
     """{prediction: {"parameters", "flops"}} of the part of a method that the prediction needs.
 
     Args:
       method: a `Method`.
-      params, model_state: its variables, or their shapes.
+      variables: its own, or their shapes.
       image_shape: (H, W, 3).
 
-    `parameters` counts trained numbers, and averages of them, which are trees called "params" in the model
-    state; not batch statistics. `flops` is XLA's count, with a multiply-add as two.
+    `parameters` counts trained numbers, and averages of them; not batch statistics. `flops` is XLA's count,
+    with a multiply-add as two.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    method = _one_after_another(method)  # so that what a prediction does not need falls away
+    method = vectorized(method, False)  # so that what a prediction does not need falls away
 
-    def predictions(params, model_state, images):
-        return method.predictions(method.apply({"params": params, **model_state}, images, train=False))
+    def predictions(variables, images):
+        return method.predictions(method.apply(variables, images, train=False))
 
-    costs, networks = {}, {}
-    for prediction in jax.eval_shape(predictions, params, model_state, images):
+    costs, networks, mask = {}, {}, method.parameter_mask(variables)
+    for prediction in jax.eval_shape(predictions, variables, images):
         if prediction in method.network_names():
             # Alone, since slicing stacked parameters looks like a use of all K copies; and each network once.
-            network, variables = _network(method, params, model_state, prediction)
+            network, its_own = _network(method, variables, prediction)
             if network not in networks:
-                networks[network] = _network_cost(network, variables, images)
+                networks[network] = _network_cost(network, its_own, images)
             costs[prediction] = networks[network]
         else:
             costs[prediction] = _cost(
-                lambda *arguments, name=prediction: predictions(*arguments)[name], params, model_state, images
+                lambda *arguments, name=prediction: predictions(*arguments)[name], variables, mask, images
             )
     return costs
 
 
-def _one_after_another(method):
-    """The method with its copies of one network in a loop."""
-    if not getattr(method.subnetworks, "vectorize", False):
-        return method
-    return method.clone(subnetworks=method.subnetworks.clone(vectorize=False))
-
-
-def _network(method, params, model_state, prediction):
+def _network(method, variables, prediction):
     """(network, shapes of its variables)"""
     taken = {}
 
@@ -59,27 +54,27 @@ def _network(method, params, model_state, prediction):
         taken["network"], part = method.extract(variables, prediction)
         return part
 
-    variables = jax.eval_shape(take, {"params": params, **model_state})
-    return taken["network"], variables
+    shapes = jax.eval_shape(take, variables)
+    return taken["network"], shapes
 
 
 def _network_cost(network, variables, images):
-    def logits(params, model_state, images):
-        return network.apply({"params": params, **model_state}, images, train=False).logits
+    mask = {
+        kind: jax.tree.map(lambda _, kind=kind: kind == "params", tree) for kind, tree in variables.items()
+    }
+    return _cost(lambda *given: network.apply(*given, train=False).logits, variables, mask, images)
 
-    return _cost(logits, variables.pop("params"), variables, images)
 
-
-def _cost(function, params, model_state, images):
-    jaxpr = jax.make_jaxpr(function)(params, model_state, images).jaxpr
+def _cost(function, variables, is_parameter, images):
+    jaxpr = jax.make_jaxpr(function)(variables, images).jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    leaves = jax.tree_util.tree_leaves_with_path(({"params": params}, model_state, images))
+    counted = [*jax.tree.leaves(is_parameter), False]
     parameters = sum(
         _used_numbers(jaxpr, variable)
-        for (path, _), variable in zip(leaves, jaxpr.invars, strict=True)
-        if jax.tree_util.DictKey("params") in path
+        for counts, variable in zip(counted, jaxpr.invars, strict=True)
+        if counts
     )
-    analysis = jax.jit(function).lower(params, model_state, images).cost_analysis() or {}
+    analysis = jax.jit(function).lower(variables, images).cost_analysis() or {}
     return {"parameters": parameters, "flops": int(analysis.get("flops", 0)) or None}
 
 
@@ -97,18 +92,13 @@ def training_flops(experiment) -> float | None:
 
     A multiply-add counts as two. Evaluation is left out.
     """
-    config, method = experiment.config, _one_after_another(experiment.method)
-    step = functools.partial(
+    step = functools.partial(  # as the plain program: in float32, and the batch as a whole
         steps.train_step,
-        method=method,
+        method=vectorized(experiment.method, False),
         optimizers=experiment.optimizers,
         steps_per_epoch=experiment.steps_per_epoch,
     )
-    views = (method.subnetworks.num,) if method.views else ()
-    batch = {
-        "image": jax.ShapeDtypeStruct((*views, config.batch_size, *experiment.image_shape), jnp.float32),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
-    }
+    batch = experiment.abstract_batch()
     with backend.as_accelerator():
         lowered = jax.jit(step).lower(experiment.abstract_state(), batch)
     return (lowered.cost_analysis() or {}).get("flops")
@@ -131,23 +121,20 @@ def training_memory(
     """
     config, method = experiment.config, experiment.method
     state, dataset = experiment.abstract_state(), experiment.dataset
-    batch_size = config.batch_size // num_devices // config.accumulate
-    views = (method.subnetworks.num,) if method.views else ()
-    images = jax.ShapeDtypeStruct((*views, batch_size, *experiment.image_shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    batch = experiment.abstract_batch(num_devices * config.accumulate)
 
     def kept(method):
-        def pullback(params, model_state, images, labels):
+        def pullback(state, batch):
             def forward(params):
-                variables = {"params": params, **model_state}
+                variables, mutable = state.variables | {"params": params}, list(state.model_state)
                 outputs, _ = steps.apply(
-                    method, variables, images, config.precision, train=True, mutable=list(model_state)
+                    method, variables, batch["image"], config.precision, train=True, mutable=mutable
                 )
-                return method.objectives(outputs, labels, jnp.float32(0))[0]
+                return method.objectives(outputs, batch["label"], jnp.float32(0))[0]
 
-            return jax.vjp(forward, params)[1]
+            return jax.vjp(forward, state.params)[1]
 
-        residuals = jax.eval_shape(pullback, state.params, state.model_state, images, labels)
+        residuals = jax.eval_shape(pullback, state, batch)
         # Kernels are among them, which are in the state already.
         return max(0, _bytes(residuals) - _bytes(state.params))
 
@@ -160,6 +147,21 @@ def training_memory(
         "data": sum(_bytes((one.images, one.labels)) for one in splits if isinstance(one, Split)),
         "maps": maps * seeds_at_once,
     }
+
+
+def tell_memory(experiment, parallel):
+    """Logs what training will take of each device, and a warning where it is more than there is."""
+    here = parallel.num_seeds // parallel.seeds
+    needed = training_memory(experiment, parallel.shares, here, 1 if backend.is_cpu() else here)
+    parts = (f"{part} {size / 1e6:.0f} MB" for part, size in needed.items())
+    logging.info("Memory for training on each device, estimated: %s.", ", ".join(parts))
+    limit = (parallel.devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit and sum(needed.values()) > limit:
+        logging.warning(
+            "That is more than the device's %.0f MB: set config.accumulate=2 or more, "
+            "config.subnetworks.remat=True, config.precision=bfloat16, or a smaller config.batch_size.",
+            limit / 1e6,
+        )
 
 
 def _bytes(tree):

@@ -1,5 +1,6 @@
 """What a configuration and a dataset determine before any number is trained."""
 
+import copy
 import functools
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,7 @@ class Experiment:
 
     Attributes:
       config: with the channels' mean and std filled in.
-      dataset: in memory.
+      dataset: see `data.load`.
       image_shape: (H, W, 3).
       method: a `Method`.
       steps_per_epoch: batches that cover the training split.
@@ -48,10 +49,7 @@ class Experiment:
         self.image_shape = dataset.train.image_shape
         self.method = methods.build(config, len(dataset.class_names))
         self.steps_per_epoch = resident.steps_per_epoch(len(dataset.train), config.batch_size)
-        key = jax.random.key(config.seed)
-        params, _ = jax.eval_shape(
-            functools.partial(steps.init_variables, self.method, image_shape=self.image_shape), key
-        )
+        params, _ = self._abstract_variables
         self.optimizers = optimizers.make_optimizers(
             self.method.trains,
             params,
@@ -60,9 +58,23 @@ class Experiment:
             self.steps_per_epoch,
             config.epochs,
         )
-        self._init = functools.partial(
-            steps.create_state, self.method, self.optimizers, key, image_shape=self.image_shape
-        )
+
+    def of_seed(self, seed: int) -> "Experiment":
+        """The same of one run with this seed, as its checkpoints tell it."""
+        alone = copy.copy(self)
+        alone.config = ConfigDict(self.config.to_dict())
+        alone.config.update(seed=seed, num_seeds=1)
+        return alone
+
+    def with_method(self, method: methods.Method) -> "Experiment":
+        """The same, where the method runs its sub-networks in another way."""
+        other = copy.copy(self)
+        other.method = method
+        return other
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.epochs * self.steps_per_epoch
 
     def identity(self) -> dict:
         """What must be the same wherever this is trained; where the data lies need not be."""
@@ -73,11 +85,49 @@ class Experiment:
 
     def initial_state(self) -> steps.TrainState:
         """The state before the first step, on one device."""
-        return jax.jit(self._init)()
+        return jax.jit(functools.partial(self._init, jax.random.key(self.config.seed)))()
 
     def abstract_state(self) -> steps.TrainState:
         """Its shapes and types."""
-        return jax.eval_shape(self._init)
+        return self._abstract_state
+
+    def terms(self) -> dict:
+        """{name: `Term` with a shape for a value} of all that a step logs."""
+        return steps.terms(self.method, *self._abstract_variables, self.image_shape)
+
+    def train_step(self, state: steps.TrainState, batch: dict) -> steps.TrainState:
+        """`steps.train_step` with all that the configuration says of it."""
+        return steps.train_step(
+            state,
+            batch,
+            method=self.method,
+            optimizers=self.optimizers,
+            steps_per_epoch=self.steps_per_epoch,
+            precision=self.config.precision,
+            accumulate=self.config.accumulate,
+        )
+
+    def abstract_batch(self, shares: int = 1) -> dict:
+        """Shapes of `image`, or of its views, and `label`, in one of so many parts of a batch."""
+        views = (self.method.num_views,) if self.method.views else ()
+        size = self.config.batch_size // shares
+        return {
+            "image": jax.ShapeDtypeStruct((*views, size, *self.image_shape), np.float32),
+            "label": jax.ShapeDtypeStruct((size,), np.int32),
+        }
+
+    def _init(self, key):
+        return steps.create_state(self.method, self.optimizers, key, image_shape=self.image_shape)
+
+    # Tracing takes seconds. How sub-networks are run, which alone changes in a method, changes no shape.
+    @functools.cached_property
+    def _abstract_variables(self):
+        init = functools.partial(steps.init_variables, self.method, image_shape=self.image_shape)
+        return jax.eval_shape(init, jax.random.key(0))
+
+    @functools.cached_property
+    def _abstract_state(self):
+        return jax.eval_shape(self._init, jax.random.key(0))
 
 
 def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
@@ -95,25 +145,17 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
     return config
 
 
-def run_record(
-    experiment: Experiment,
-    devices: int = 1,
-    metrics_bytes: int = 0,
-    best: dict | None = None,
-    evaluated_step: int = -1,
-    scores: dict | None = None,
-    seconds: float = 0.0,
-) -> dict:
+def run_record(experiment: Experiment, devices: int = 1, **about) -> dict:
     """What a checkpoint holds beside the state: JSON-able, and all that scoring or continuing it needs.
 
     Args:
-      experiment: whose state it is.
+      experiment: whose state it is, of one seed.
       devices: how many trained it.
-      metrics_bytes: size of `metrics.jsonl` then.
-      best, evaluated_step, scores: see `Run`; by default those of a run that was never evaluated.
-      seconds: that training took so far.
+      **about: `metrics_bytes`, the size of `metrics.jsonl` then; `best`, `evaluated_step`, `scores` and
+        `seconds`, see `runs.Run`. By default those of a run that was never evaluated.
     """
     dataset = experiment.dataset
+    new = {"best": None, "evaluated_step": -1, "scores": {}, "metrics_bytes": 0, "seconds": 0.0}
     return {
         "format": RUN_FORMAT,
         "config": config_lib.to_json(experiment.config),
@@ -123,18 +165,18 @@ def run_record(
             "class_names": list(dataset.class_names),
             "image_shape": list(experiment.image_shape),
         },
-        "best": best,
-        "evaluated_step": evaluated_step,
-        "scores": scores or {},
-        "metrics_bytes": metrics_bytes,
-        "seconds": seconds,
+        **new,
+        **about,
         "versions": versions(),
         "devices": devices,
     }
 
 
-def check_same(run: dict, experiment: Experiment, where: Path):
-    """Raises CheckpointError, listing the differences, unless a checkpoint belongs to this experiment."""
+def check_belongs(run: dict, experiment: Experiment, where: Path):
+    """Raises CheckpointError, listing the differences, unless a checkpoint belongs to this experiment.
+
+    Args: run: of `run_record`. where: the checkpoint's folder, for the error.
+    """
     if run["format"] != RUN_FORMAT:
         raise CheckpointError(
             f"{where} has format {run['format']} (written with {run['versions']}); "

@@ -1,29 +1,27 @@
-"""The training loop: data, state, step, log, evaluate, checkpoint; no maths."""
+"""The training loop: what is due, do it, step. No maths."""
 
 import contextlib
 import itertools
 import logging
-import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from ffl_jax import data
-from ffl_jax.devices import backend, preemption, processes
-from ffl_jax.devices import parallel as parallel_lib
-from ffl_jax.errors import CheckpointError, NonFiniteError, ResourceError
+from ffl_jax.devices import preemption, processes
+from ffl_jax.devices.parallel import Parallel
+from ffl_jax.errors import NonFiniteError
+from ffl_jax.methods.base import KNOWLEDGE
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import cost, steps, vectorize
-from ffl_jax.training.experiment import Experiment, resolve
-from ffl_jax.training.run import Run, joint_summary, tell
-from ffl_jax.training.scoring import Evaluator, Sweep
-from ffl_jax.workdir import checkpoint, outputs
+from ffl_jax.training import cost, metrics, programs, steps, teachers, vectorize
+from ffl_jax.training.experiment import Experiment
+from ffl_jax.training.runs import Run, Runs
+from ffl_jax.training.scoring import Evaluator
+from ffl_jax.workdir import alarms, checkpoint, curves
 from ffl_jax.workdir.progress import Pace, Progress
-
-_SHOWN = 32  # images of a training batch
+from ffl_jax.workdir.run_folder import RunFolder
 
 
 def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None = None) -> dict:
@@ -41,291 +39,270 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None 
         is saved.
     """
     config_lib.check(config)
-    parallel = parallel_lib.Parallel(**config.parallel, num_seeds=config.num_seeds)
+    parallel = Parallel(**config.parallel, num_seeds=config.num_seeds)
     parallel.check_batch_size(config.batch_size, config.accumulate)
     workdir = Path(workdir).absolute()
     with checkpoint.lock(workdir) if processes.is_first() else contextlib.nullcontext():
-        return _Training(config, workdir, parallel, dataset or data.load(config.data)).train()
+        experiment = Experiment(config, dataset or data.load(config.data))
+        parallel.check_networks(experiment.method.subnetworks)
+        processes.check_equal(experiment.identity())
+        vectorize.settle(experiment, parallel)
+        runs = Runs(experiment, workdir, parallel)
+        step = processes.value_of_first(runs.newest_step)
+        if step is None:
+            for run in runs:
+                for teacher, folder in teachers.to_train(run.experiment.config, run.folder.path):
+                    train(teacher, folder)
+            step, states = 0, runs.first_states()
+        else:
+            states = runs.restored(step)
+            logging.info("Continuing from step %d of %d.", step, experiment.total_steps)
+        if runs.are_complete(step):
+            logging.info("%s is complete: %d epochs. Nothing to do.", workdir, config.epochs)
+            return runs.stored_summary(step)
+        if processes.is_first():
+            runs.check_space()
+        cost.tell_memory(experiment, parallel)
+        return Loop(runs, parallel, step).train(states)
 
 
-class _Training:
-    """One run, or several that differ in their seed, side by side.
+class Loop:
+    """Trains the runs of one training from one step on.
 
     Attributes:
-      experiment: of the first run. The others have its method and optimisers too.
-      runs: one for each seed.
+      step: finished steps, or begun ones where the devices still work.
+      saved: (step, the last evaluated step) of the newest checkpoint.
+      line: (record, step) of the latest line of the log, which waits here for the devices; None without one.
     """
 
-    def __init__(self, config, workdir, parallel, dataset):
-        self.workdir, self.parallel = workdir, parallel
-        devices = f"{parallel.num_devices} x {parallel.devices[0].device_kind}"
-        self.config = resolve(config, dataset)
-        self.runs = []
-        for seed in range(config.seed, config.seed + config.num_seeds):
-            own = ConfigDict(self.config.to_dict())
-            own.seed, own.num_seeds = seed, 1
-            folder = workdir / f"seed_{seed}" if config.num_seeds > 1 else workdir
-            experiment = Experiment(own, dataset)
-            self.runs.append(Run(experiment, folder, devices, parallel.num_devices, config.num_seeds))
-        self.experiment = self.runs[0].experiment
-        self.total_steps = self.runs[0].total_steps
-        parallel.check_networks(self.experiment.method.subnetworks)
-        processes.check_same(self.experiment.identity())
-        vectorize.settle(self.experiment, parallel)
-
-    def train(self) -> dict:
-        step = processes.value_of_first(self.newest_step)
-        states = [run.restore(step, train) for run in self.runs]
-        if step is not None:
-            logging.info("Continuing from step %d of %d.", step, self.total_steps)
-        step = step or 0
-        if step >= self.total_steps and all(run.evaluated_step == step for run in self.runs):
-            logging.info("%s is complete: %d epochs. Nothing to do.", self.workdir, self.config.epochs)
-            return joint_summary([run.stored_summary(step) for run in self.runs])
-        if processes.is_first():
-            self.check_space()
-        self.tell_memory()
-        progress = Progress(
-            self.total_steps,
+    def __init__(self, runs: Runs, parallel: Parallel, step: int):
+        """Args: runs: at that step."""
+        self.runs, self.parallel, self.experiment = runs, parallel, runs.experiment
+        self.config = self.experiment.config
+        self.step, self.saved, self.line = step, (step, runs.evaluated_step), None
+        self.pace = Pace()
+        self.host = processes.Agreement(self.pace, step)
+        self.progress = Progress(
+            self.experiment.total_steps,
             step,
-            self.config.batch_size * len(self.runs),
+            self.config.batch_size * len(runs),
             self.experiment.steps_per_epoch,
         )
+
+    def train(self, states: list[steps.TrainState]) -> dict:
+        """Trains from these states, one of each run, to the end or until a signal; returns the summary."""
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(preemption.deferred())
-                for run in self.runs:
-                    stack.enter_context(run.writing(step))
-                state = states[0] if len(states) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *states)
-                step = self.loop(self.parallel.place(state, parallel_lib.OWN), step, progress, stack)
+                self.runs.stop_watch()
+                self.open(stack)
+                self.loop(self.parallel.place_runs(states))
         except NonFiniteError:
-            self.write_summary("diverged", progress.step, progress.images_per_second)
+            self.write_summary("diverged")
             raise
         finally:
-            progress.close()
-        processes.gathered([step])  # the last checkpoint is whole: now all of them may end
-        done = step == self.total_steps and all(run.evaluated_step == step for run in self.runs)
-        summary = self.write_summary("completed" if done else "preempted", step, progress.images_per_second)
-        if not done:
-            raise preemption.stop(step)
-        return summary
+            self.progress.close()
+        processes.gathered([self.step])  # the last checkpoint is whole: now all of them may end
+        if self.runs.are_complete(self.step):
+            return self.write_summary("completed")
+        self.write_summary("preempted")
+        raise preemption.stop(self.step)
 
-    def newest_step(self) -> int | None:
-        """The newest step that all runs have whole; None where a kill came before all had one."""
-        newest = [run.newest_step() for run in self.runs]
-        kept = [checkpoint.steps(run.directory) for run in self.runs]
-        if None in newest and all(len(one) < 2 for one in kept):
-            return None
-        step = min(step or 0 for step in newest)
-        for run, one in zip(self.runs, kept, strict=True):
-            if step not in one:
-                raise CheckpointError(
-                    f"{run.directory} has no whole step {step}, which is the newest of another seed: begin "
-                    "again in another --workdir, or continue each seed alone in its own folder."
-                )
-        return step
+    def write_summary(self, status: str) -> dict:
+        self.runs.stop_watch()
+        speeds = {
+            "images_per_second": self.progress.images_per_second,
+            "start_seconds": self.pace.start_seconds,
+        }
+        return self.runs.write_summary(status, self.step, speeds)
 
-    def check_space(self):
-        """Raises ResourceError now, not after an epoch, where the checkpoints cannot fit."""
-        leaves = jax.tree.leaves(self.experiment.abstract_state())
-        copies = (self.config.checkpoint.keep + 1) * len(self.runs)
-        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) * copies
-        free = shutil.disk_usage(self.workdir).free
-        if free < needed:
-            raise ResourceError(
-                f"{self.workdir} has {free / 1e6:.1f} MB free, but {self.config.checkpoint.keep} checkpoints "
-                f"and the next one need {needed / 1e6:.1f} MB: free space, or choose another --workdir."
-            )
-
-    def tell_memory(self):
-        """Logs what training will take of each device, and a warning where it is more than there is."""
-        here = len(self.runs) // self.parallel.seeds
-        at_once = 1 if backend.is_cpu() else here
-        needed = cost.training_memory(self.experiment, self.parallel.shares, here, at_once)
-        parts = (f"{part} {size / 1e6:.0f} MB" for part, size in needed.items())
-        logging.info("Memory for training on each device, estimated: %s.", ", ".join(parts))
-        limit = (self.parallel.devices[0].memory_stats() or {}).get("bytes_limit")
-        if limit and sum(needed.values()) > limit:
-            logging.warning(
-                "That is more than the device's %.0f MB: set config.accumulate=2 or more, "
-                "config.subnetworks.remat=True, config.precision=bfloat16, or a smaller config.batch_size.",
-                limit / 1e6,
-            )
-
-    def write_summary(self, status: str, step: int, images_per_second: float | None) -> dict:
-        """Writes every run's summary, and one of all seeds where they are several; returns the latter."""
-        summaries = []
-        for run in self.runs:
-            # The others were well, and stopped with it.
-            own = "preempted" if status == "diverged" and not run.diverged else status
-            summaries.append(run.write_summary(own, step, images_per_second))
-        summary = joint_summary(summaries) | {"status": status}
-        if len(self.runs) > 1 and processes.is_first():
-            outputs.write_json(self.workdir / "config.json", config_lib.to_json(self.config))
-            outputs.write_json(self.workdir / "summary.json", summary)
-        return summary
-
-    def loop(self, state, step, progress, stack) -> int:
-        """Trains from `step` to the end, or until a signal; returns the last step, which is being saved."""
-        config, dataset, per_epoch = self.config, self.experiment.dataset, self.experiment.steps_per_epoch
-        method = self.experiment.method
-        views = method.subnetworks.num if method.views else 0
-        inputs = data.train_input(dataset.train, config, self.parallel, views)
-        stack.callback(inputs.close)
-        program, before_epoch = self.training_program(inputs), self.validation_update()
-        evaluators = {
+    def open(self, stack: contextlib.ExitStack):
+        """Makes what the loop needs: the runs' folders, batches, compiled programs."""
+        config, dataset, method = self.config, self.experiment.dataset, self.experiment.method
+        for run in self.runs if self.runs.writes else ():
+            settings, keep = config_lib.to_json(run.experiment.config), config.checkpoint.keep
+            best = dataset.validation is not None
+            stack.enter_context(run.folder.open(settings, self.step, run.log_bytes, keep, best))
+        # Closed before the folders, so that no worker outlives the lock.
+        self.inputs = data.train_input(dataset.train, config, self.parallel, method.num_views)
+        stack.callback(self.inputs.close)
+        self.batches = None
+        self.program = programs.training(self.experiment, self.inputs, self.parallel)
+        self.before_epoch = programs.before_epoch(self.experiment, self.parallel)
+        self.evaluators = {
             name: Evaluator(method, split, config, self.parallel)
             for name, split in (("validation", dataset.validation), ("test", dataset.test))
             if split is not None
         }
-        batches, saved = None, (step, self.evaluated_step)
-        # At multiples of these a dispatch ends; 0 stands for never.
-        ends = (config.log_every_steps, config.checkpoint.every_steps, per_epoch)
-        pace, line = Pace(), None  # the latest line of the log waits here for the devices
-        host = processes.Agreement(pace, step)
+        self.terms = self.experiment.terms()
+
+    def loop(self, state):
+        """What is due, then some steps, until the end or a signal; the last state is being saved then."""
         while True:
-            epoch, position = divmod(step, per_epoch)
-            last = step == self.total_steps
-            due = position == 0 and (epoch % config.evaluation.every_epochs == 0 or last)
-            if due and self.evaluated_step < step > 0 and not host.stopping(step):
-                line = self.write_line(line, progress)
-                self.evaluate(evaluators, state, step)
-                progress.restart_clock()
-                pace.restart_clock()
-            due = position == 0 and (epoch % config.checkpoint.every_epochs == 0 or last)
-            due |= config.checkpoint.every_steps > 0 and step % config.checkpoint.every_steps == 0
-            stopping = host.stopping(step)
-            if (due or stopping) and saved != (step, self.evaluated_step):
-                line = self.write_line(line, progress)
-                fetched = self.parallel.fetch(state)
-                for index, run in enumerate(self.runs):
-                    # Replaced where a signal had it saved before the evaluation that was due.
-                    run.save(step, self.of_run(fetched, index), replace=saved[0] == step)
-                saved = (step, self.evaluated_step)
-            if last or stopping:
-                return step
-            if position == 0:
-                state = before_epoch(state)
-                if host.stopping(step):
+            if self.evaluation_is_due() and not self.host.stopping(self.step):
+                self.evaluate(state)
+            # Asked again, for a signal may have come, and ended the evaluation. What was saved before an
+            # evaluation is saved once more after it: scores and the best epoch go with the state.
+            stopping = self.host.stopping(self.step)
+            if (stopping or self.checkpoint_is_due()) and self.saved != (self.step, self.runs.evaluated_step):
+                self.save(state)
+            if stopping or self.step == self.experiment.total_steps:
+                return
+            if self.at_epoch:
+                # Not saved: a continued run does it again from the same parameters.
+                state = self.before_epoch(state)
+                if self.host.stopping(self.step):
                     continue
-            if batches is None or position == 0:
-                batches = inputs.batches(epoch, position)
-                if step == 0:
-                    batches = self.shown(inputs, batches)
-            count = min(host.steps, *(end - step % end for end in ends if end)) if inputs.reusable else 1
-            stop = self.parallel.place(np.int32(step + count))
-            state, record = program(state, next(batches), stop)
-            step += count
-            progress.advance(count)
-            pace.wait(record, count)
-            line = self.write_line(line, progress)
-            if step % config.log_every_steps == 0 or step % per_epoch == 0:
-                line = record, step
+            state = self.take_steps(state)
 
     @property
-    def evaluated_step(self) -> int:
-        """The last step that all runs have evaluated."""
-        return min(run.evaluated_step for run in self.runs)
+    def at_epoch(self) -> bool:
+        """Whether an epoch begins here."""
+        return self.step % self.experiment.steps_per_epoch == 0
 
-    def of_run(self, tree, index: int):
-        """One run's part of a tree that all share."""
-        return tree if len(self.runs) == 1 else jax.tree.map(lambda x: x[index], tree)
+    def every(self, epochs: int) -> bool:
+        """Whether so many epochs are over, or all of them."""
+        finished = self.step // self.experiment.steps_per_epoch
+        return self.at_epoch and (finished % epochs == 0 or self.step == self.experiment.total_steps)
 
-    def training_program(self, inputs):
-        """The compiled steps: (state, arrays of their batches, step to stop at) -> (state, its record).
+    def evaluation_is_due(self) -> bool:
+        return self.every(self.config.evaluation.every_epochs) and self.runs.evaluated_step < self.step > 0
 
-        How many steps it takes does not change the program, and so not the bits.
-        """
-        experiment, every = self.experiment, self.config.log_every_steps
+    def checkpoint_is_due(self) -> bool:
+        every_steps = self.config.checkpoint.every_steps
+        after_steps = every_steps > 0 and self.step % every_steps == 0
+        return after_steps or self.every(self.config.checkpoint.every_epochs)
 
-        def one(state_and_own, shared):
-            state, own = state_and_own
-            # A line of the log was written, or the run begins.
-            fresh = (state.step % experiment.steps_per_epoch == 0) | (state.step % every == 0)
-            state = state.replace(record=jax.tree.map(lambda x: jnp.where(fresh, 0, x), state.record))
-            return steps.train_step(
-                state,
-                inputs.batch(own, shared, state.step),
-                method=experiment.method,
-                optimizers=experiment.optimizers,
-                steps_per_epoch=experiment.steps_per_epoch,
-                precision=experiment.config.precision,
-                accumulate=experiment.config.accumulate,
-            )
+    def take_steps(self, state):
+        """Gives the devices as many steps as fit until something is due; returns the state after them."""
+        if self.batches is None or self.at_epoch:
+            epoch, position = divmod(self.step, self.experiment.steps_per_epoch)
+            self.batches = self.inputs.batches(epoch, position)
+            if self.step == 0:
+                self.batches = self.shown(self.batches)
+        count = self.count()
+        state, record = self.program(state, next(self.batches), self.parallel.place(np.int32(count)))
+        self.step += count
+        self.progress.advance(count)
+        # The host is one dispatch ahead, never more, so that a signal need not wait for long. A line is read
+        # one dispatch after its last step, when its numbers are there without waiting.
+        self.pace.wait(record, count)
+        self.write_line()
+        if self.step % self.config.log_every_steps == 0 or self.at_epoch:
+            self.line = record, self.step
+        return state
 
-        each = self.parallel.for_seeds(one)
+    def count(self) -> int:
+        """Steps until the next at which something may be due, but no more than last for a moment."""
+        ends = (
+            self.config.log_every_steps,
+            self.config.checkpoint.every_steps,
+            self.experiment.steps_per_epoch,
+        )
+        until = (end - self.step % end for end in ends if end)  # 0 stands for never
+        return min(self.host.steps, *until) if self.inputs.reusable else 1
 
-        def program(state, arrays, stop):
-            own, shared = inputs.apart(arrays)
-            state = jax.lax.while_loop(
-                lambda state: jnp.ravel(state.step)[0] < stop,
-                lambda state: each((state, own), shared),
-                state,
-            )
-            return state, state.record
+    # -- what is told and kept -----------------------------------------------------------------------------
 
-        own, shared = parallel_lib.OWN, parallel_lib.SHARED
-        return self.parallel.map(program, (own, inputs.arrays, shared), (0, own), donate_argnums=(0,))
-
-    def shown(self, inputs, batches):
-        """The same batches; images of the first are written to the logs."""
+    def shown(self, batches):
+        """The same batches; images of the first go to the log of the first run, as its networks see them."""
         first = next(batches)
-
-        def images(arrays):
-            own, shared = inputs.apart(arrays)
-            own = own if len(self.runs) == 1 else jax.tree.map(lambda x: x[0], own)
-            return inputs.batch(own, shared, jnp.int32(0))["image"][..., :_SHOWN, :, :, :]
-
-        # Of the first device, and of the first of several seeds.
-        program = self.parallel.map(images, (inputs.arrays,), parallel_lib.SHARED)
-        self.runs[0].write_images(np.asarray(self.parallel.fetch(program(first))), step=0)
+        views = programs.images_shown(self.experiment, self.inputs, self.parallel, first)
+        for k, view in enumerate(views if self.runs.writes else ()):
+            name = f"train/batch/view_{k}" if len(views) > 1 else "train/batch"
+            self.runs.each[0].folder.log.write_images(0, name, view)
         return itertools.chain([first], batches)
 
-    def validation_update(self):
-        """What is done to the state before every epoch: where the method learns from the validation split."""
-        method = self.experiment.method
-        if not method.uses_validation:
-            return lambda state: state
-        split = self.experiment.dataset.validation
-        sweep = Sweep(steps.validation_step, method, split, self.config, self.parallel)
-
-        def one(state_and_sums):
-            state, sums = state_and_sums
-            return state.replace(model_state={**state.model_state, **method.validation_state(sums)})
-
-        each = self.parallel.for_seeds(one)
-        own = parallel_lib.OWN
-        program = self.parallel.map(
-            lambda state, sums: each((state, sums)), (own, own), 0, donate_argnums=(0,)
-        )
-
-        def before_epoch(state):
-            sums = sweep(state)
-            return state if sums is None else program(state, sums)
-
-        return before_epoch
-
-    def write_line(self, line, progress) -> None:
-        """Writes a line of the log, (record, step), if there is one; raises if a step was not finite."""
-        if line is None:
+    def write_line(self):
+        """Writes the line of the log that waits, if there is one; raises if a step was not finite."""
+        if self.line is None:
             return
-        record, step = jax.device_get(self.parallel.fetch(line[0])), line[1]
-        speed = progress.images_per_second
-        means = [
-            run.write_line(self.of_run(record, index), step, speed) for index, run in enumerate(self.runs)
-        ]
-        loss, accuracy = np.mean(means, axis=0)
-        progress.show(step, loss, accuracy)
+        (record, step), self.line = self.line, None
+        speed, means = self.progress.images_per_second, []
+        epoch, method = step / self.experiment.steps_per_epoch, self.experiment.method
+        for run, one in zip(self.runs, jax.device_get(self.parallel.fetch_runs(record)), strict=True):
+            run.check_finite(one, step)
+            terms = {name: float(total) / int(one["steps"]) for name, total in one["terms"].items()}
+            scores = {name: metrics.classification_scores(sums) for name, sums in one["predictions"].items()}
+            means.append((sum(terms[name] for name in method.trains), scores[method.headline]["top1"]))
+            if self.runs.writes:
+                run.folder.log.write(step, epoch, "train", terms | metrics.by_name(scores))
+                if speed:
+                    run.folder.log.write_speed(step, speed)
+        self.progress.show(step, *np.mean(means, axis=0))
 
-    def evaluate(self, evaluators, state, step: int):
-        """Scores every split, and has the runs keep what they need of it.
+    def evaluate(self, state):
+        """Scores every split; keeps the state if validation prefers it, draws the curves, sounds alarms.
 
         A signal ends it early, and nothing is kept: the continued run begins with it again.
         """
-        by_split = {split: evaluator(state) for split, evaluator in evaluators.items()}
-        if None in by_split.values():
-            return
-        for index, run in enumerate(self.runs):
-            scores = {split: seeds[index] for split, seeds in by_split.items()}
-            run.write_scores(scores, step, lambda index=index: self.of_run(self.parallel.fetch(state), index))
-        tell(step / self.experiment.steps_per_epoch, self.runs)
+        self.write_line()
+        by_split = {split: evaluator(state) for split, evaluator in self.evaluators.items()}
+        if None not in by_split.values():
+            for index, run in enumerate(self.runs):
+                run.scores = {split: seeds[index] for split, seeds in by_split.items()}
+                run.evaluated_step = self.step
+            epoch = self.step / self.experiment.steps_per_epoch
+            for index, run in enumerate(self.runs):
+                self.judge(run, epoch, lambda index=index: self.parallel.fetch_runs(state)[index])
+                if self.runs.writes:
+                    self.tell(run, epoch)
+            self.tell_scores(epoch)
+        self.progress.restart_clock()
+        self.pace.restart_clock()
+
+    def judge(self, run: Run, epoch: float, state):
+        """Writes the scores; keeps `state()` as the best if the validation split prefers it."""
+        for split, one in run.scores.items() if self.runs.writes else ():
+            diversity = metrics.pair_means(one["diversity"])
+            scalars = metrics.by_name(one["predictions"]) | metrics.by_name({"diversity": diversity})
+            run.folder.log.write(self.step, epoch, split, scalars)
+        if "validation" in run.scores:
+            top1 = run.scores["validation"]["predictions"][self.experiment.method.headline]["top1"]
+            if run.best is None or top1 > run.best["validation_top1"]:
+                test = run.scores["test"]["predictions"]
+                run.best = {"step": self.step, "epoch": epoch, "validation_top1": top1, "predictors": test}
+                self.keep(run, state(), RunFolder.save_best)
+        if self.runs.writes and self.config.log_histograms:
+            run.folder.log.write_histograms(self.step, {"params": jax.device_get(state().params)})
+
+    def tell(self, run: Run, epoch: float):
+        """Logs what has begun to look wrong since the last evaluation, and draws the curves."""
+        method, test, rows = self.experiment.method, run.scores["test"], run.folder.log.rows
+        knowledge = [name for name, term in self.terms.items() if term.kind == KNOWLEDGE]
+        found = alarms.identical(method.subnetwork_names(), test["diversity"])
+        found |= alarms.growing(rows, method.num_classes, knowledge)
+        for name in sorted(found.keys() - run.alarms):
+            logging.warning("ALARM, %s, epoch %g: %s", run.folder.path, epoch, found[name])
+        run.alarms = frozenset(found)
+        config = self.config
+        title = f"{config.method.name} · {config.subnetworks.network} · {config.data.name}"
+        terms = {name: (term.kind, term.learner) for name, term in self.terms.items()}
+        path = run.folder.path / "curves.png"
+        curves.draw_curves(path, rows, title, method.headline, list(test["predictions"]), terms)
+
+    def tell_scores(self, epoch: float):
+        """Logs the scores of the last evaluation: of one run, or the mean over several."""
+        over = f", mean of {len(self.runs)} seeds" if self.runs.several else ""
+        for split, one in self.runs.each[0].scores.items():
+            means = {
+                name: np.mean([run.scores[split]["predictions"][name]["top1"] for run in self.runs])
+                for name in one["predictions"]
+            }
+            shown = "  ".join(f"{name} {100 * top1:.2f}%" for name, top1 in means.items())
+            logging.info("epoch %g, %s%s: %s", epoch, split, over, shown)
+
+    def save(self, state):
+        """Begins to save every run; raises NonFiniteError instead where one is beyond use."""
+        self.write_line()
+        for run, one in zip(self.runs, self.parallel.fetch_runs(state), strict=True):
+            # Replaced where a signal had it saved before the evaluation that was due.
+            self.keep(run, one, RunFolder.save, replace=self.saved[0] == self.step)
+        self.saved = (self.step, self.runs.evaluated_step)
+
+    def keep(self, run: Run, state, save, **options):
+        """Saves a state by a method of its folder, if it is finite."""
+        run.check_finite(jax.device_get(state.record), self.step, state.params)
+        if self.runs.writes:
+            self.runs.stop_watch()
+            save(run.folder, self.step, state, run.record(self.parallel.num_devices), **options)

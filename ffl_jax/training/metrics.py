@@ -138,3 +138,13 @@ def mean_over_pairs(matrix: np.ndarray) -> float:
     """Of what a [K, K] comparison says of two different networks."""
     matrix = np.asarray(matrix)
     return float(matrix[~np.eye(len(matrix), dtype=bool)].mean())
+
+
+def pair_means(diversity: dict[str, list]) -> dict[str, float]:
+    """Of each score of `diversity_scores`, the mean over pairs; {} of {}."""
+    return {name: mean_over_pairs(matrix) for name, matrix in diversity.items()}
+
+
+def by_name(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """{prediction: {score: x}} -> {"prediction/score": x}, as a line of the log has them."""
+    return {f"{name}/{score}": value for name, one in scores.items() for score, value in one.items()}

@@ -10,46 +10,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffl_jax import data
-from ffl_jax.devices import parallel as parallel_lib
 from ffl_jax.devices import preemption, processes
+from ffl_jax.devices.parallel import OWN, Parallel
 from ffl_jax.errors import ConfigError
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import metrics, steps
-from ffl_jax.training.experiment import Experiment, check_same
+from ffl_jax.training.experiment import Experiment, check_belongs
 from ffl_jax.workdir import checkpoint
 
 
-class Sweep:
+class SplitSums:
     """One split, and a compiled program that adds up sums over it, every example exactly once.
 
     Attributes:
       input: of `data.eval_input`.
-      program: (sums, (params, model state), arrays of a batch) -> sums.
+      program: (sums, variables, arrays of a batch) -> sums.
       zero: the sums of nothing, on the devices.
     """
 
-    def __init__(self, step: Callable, method, split, config, parallel: parallel_lib.Parallel):
+    def __init__(self, step: Callable, method, split, config, parallel: Parallel):
         """Args: step: `steps.eval_step` or another of its form. split: a `data.Split`. config: all of it."""
-        zero = _zeros(step, method, split.image_shape)
-        step = functools.partial(step, method=method, precision=config.precision)
         self.input = inputs = data.eval_input(split, config, parallel)
-
-        def add_one(own, arrays):
-            sums, (params, model_state) = own
-            new = step({"params": params, **model_state}, inputs.batch(arrays))
-            return jax.tree.map(jnp.add, sums, new)
-
-        each = parallel.for_seeds(add_one)
+        # The program adds to sums that it is given, so that nothing waits for the host until the end.
+        self.zero = parallel.repeat(_zeros(step, method, split.image_shape))
 
         def add(sums, variables, arrays):
-            return each((sums, variables), arrays)
+            new = step(variables, inputs.batch(arrays), method=method, precision=config.precision)
+            return jax.tree.map(jnp.add, sums, new)
 
-        # The program adds to sums that it is given, so that nothing waits for the host until the end.
-        if parallel.num_seeds > 1:
-            zero = jax.tree.map(lambda x: np.stack([x] * parallel.num_seeds), zero)
-        own = parallel_lib.OWN
-        self.zero = parallel.place(zero, own)
-        self.program = parallel.map(add, (own, own, inputs.arrays))
+        self.program = parallel.map(add, (OWN, OWN, inputs.kinds))
 
     def __call__(self, state: steps.TrainState):
         """The sums of a state on the devices, there too; None if a signal came. The state stays as it is."""
@@ -57,7 +46,7 @@ class Sweep:
         for arrays in self.input.batches():
             if preemption.requested() and not processes.several():  # else all of them go on together
                 return None
-            finished, sums = sums, self.program(sums, (state.params, state.model_state), arrays)
+            finished, sums = sums, self.program(sums, state.variables, arrays)
             jax.block_until_ready(finished)  # one batch ahead, so that a signal need not wait for more
         return sums
 
@@ -65,9 +54,9 @@ class Sweep:
 class Evaluator:
     """One split on the devices, and the compiled program that scores it."""
 
-    def __init__(self, method, split, config, parallel: parallel_lib.Parallel):
+    def __init__(self, method, split, config, parallel: Parallel):
         """Args: method: a `Method`. split: a `data.Split`. config: the whole configuration."""
-        self._sweep = Sweep(steps.eval_step, method, split, config, parallel)
+        self._sums = SplitSums(steps.eval_step, method, split, config, parallel)
         self._parallel = parallel
 
     def __call__(self, state: steps.TrainState) -> list[dict[str, dict]] | None:
@@ -77,17 +66,12 @@ class Evaluator:
           `predictions`: {prediction: {score: number}}. `reliability`: {prediction: its diagram}. `diversity`:
           {score: a K x K list}, or {}; all of them JSON-able, see `metrics`.
         """
-        sums = self._sweep(state)
-        if sums is None:
-            return None
-        sums = jax.device_get(self._parallel.fetch(sums))
-        seeds = [sums]
-        if self._parallel.num_seeds > 1:
-            seeds = [jax.tree.map(lambda x, k=k: x[k], sums) for k in range(self._parallel.num_seeds)]
-        return [_scores(sums) for sums in seeds]
+        sums = self._sums(state)
+        return None if sums is None else [_scores(one) for one in self._parallel.fetch_runs(sums)]
 
 
 def _scores(sums):
+    sums = jax.device_get(sums)
     predictions, diversity = sums["predictions"], sums["diversity"]
     return {
         "predictions": {name: metrics.classification_scores(one) for name, one in predictions.items()},
@@ -147,7 +131,7 @@ def restore_checkpoint(workdir: Path, step: int | None = None, data_dir: str | N
         raise ConfigError(
             f"{workdir} holds {len(seeds)} seeds: choose one, such as --workdir={seeds[0].parent}."
         )
-    if step is not None and step in checkpoint.steps(directory / "best"):
+    if step is not None and step in checkpoint.whole_steps(directory / "best"):
         directory = directory / "best"
     step = checkpoint.find(directory, step)
     run = checkpoint.load_run(directory, step)
@@ -155,7 +139,7 @@ def restore_checkpoint(workdir: Path, step: int | None = None, data_dir: str | N
     if data_dir is not None:
         config.data.data_dir = data_dir
     experiment = Experiment(config, data.load(config.data))
-    check_same(run, experiment, directory / str(step))
+    check_belongs(run, experiment, directory / str(step))
     return Restored(experiment, step, run, checkpoint.restore(directory, step, experiment.abstract_state()))
 
 
@@ -179,6 +163,6 @@ def evaluate_checkpoint(
     part = getattr(experiment.dataset, split)
     if part is None:
         raise ConfigError(f"{workdir} has no {split} split: it was trained with validation_examples=0.")
-    parallel = parallel_lib.Parallel(experiment.config.parallel.mode)
+    parallel = Parallel(experiment.config.parallel.mode)
     evaluator = Evaluator(experiment.method, part, experiment.config, parallel)
-    return restored.step, evaluator(parallel.place(restored.state, parallel_lib.OWN))[0]
+    return restored.step, evaluator(parallel.place_runs([restored.state]))[0]

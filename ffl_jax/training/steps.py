@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ffl_jax.devices import parallel
-from ffl_jax.methods.base import Term
+from ffl_jax.methods.base import Term, logged
 from ffl_jax.training import metrics
 
 PRECISIONS = ("float32", "bfloat16")
@@ -33,6 +33,11 @@ class TrainState:
     opt_state: Any
     rng: jax.Array
     record: Any
+
+    @property
+    def variables(self) -> dict:
+        """{"params": …, kind of model state: …}, as `method.apply` takes them."""
+        return {"params": self.params, **self.model_state}
 
 
 def init_variables(method, rng, image_shape) -> tuple[Any, Any]:
@@ -91,29 +96,40 @@ def apply(method, variables, images, precision: str = "float32", **options):
     return jax.tree.map(functools.partial(cast, dtype="float32"), outputs), new
 
 
+def terms(method, params, model_state, image_shape) -> dict[str, Term]:
+    """{name: its `Term`, with a shape for a value} of all that a step logs, the objectives included."""
+
+    def one_step(params, model_state):
+        variables = {"params": params, **model_state}
+        outputs = method.apply(variables, jnp.zeros((1, *image_shape)), train=False)
+        objectives, terms = method.objectives(outputs, jnp.zeros((1,), jnp.int32), jnp.float32(0))
+        together = (objectives | terms).items()
+        return {name: term if isinstance(term, Term) else Term(term) for name, term in together}
+
+    return jax.eval_shape(one_step, params, model_state)
+
+
 def zero_record(method, params, model_state, image_shape):
     """Sums of no steps: those of every loss term and every prediction's scores, and how many were finite."""
 
     def one_step(params, model_state):
-        outputs = method.apply({"params": params, **model_state}, jnp.zeros((1, *image_shape)), train=False)
+        variables = {"params": params, **model_state}
+        outputs = method.apply(variables, jnp.zeros((1, *image_shape)), train=False)
         labels = jnp.zeros((1,), jnp.int32)
-        scalars, terms = method.objectives(outputs, labels, jnp.float32(0))
-        return step_record(method, scalars | terms, outputs, labels)
+        return step_record(method, *method.objectives(outputs, labels, jnp.float32(0)), outputs, labels)
 
     shapes = jax.eval_shape(one_step, params, model_state)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def step_record(method, terms, outputs, labels):
+def step_record(method, objectives, terms, outputs, labels):
     """What one step adds to the record, joined over the devices."""
-    terms = parallel.mean(
-        {name: term.value if isinstance(term, Term) else term for name, term in terms.items()}
-    )
-    finite = jnp.array([jnp.isfinite(value) for value in terms.values()]).all()
+    values = parallel.mean(logged(objectives | terms))
+    finite = jnp.array([jnp.isfinite(value) for value in values.values()]).all()
     return {
         "steps": jnp.int32(1),
         "finite_steps": finite.astype(jnp.int32),
-        "terms": terms,
+        "terms": values,
         "predictions": prediction_sums(method, outputs, labels),
     }
 
@@ -165,32 +181,11 @@ def train_step(
       The state after the step.
     """
 
-    def gradients(model_state, part, index):
-        """({objective: gradient}, new model state, record) of one part of the batch."""
-
-        def forward(params):
-            rng = jax.random.fold_in(state.rng, state.step)
-            outputs, new_state = apply(
-                method,
-                {"params": params, **model_state},
-                part["image"],
-                precision,
-                train=True,
-                mutable=list(model_state),
-                rngs={"dropout": jax.random.fold_in(rng, index) if accumulate > 1 else rng},
-            )
-            scalars, terms = method.objectives(outputs, part["label"], state.step / steps_per_epoch)
-            return scalars, (new_state, step_record(method, scalars | terms, outputs, part["label"]))
-
-        scalars, pullback, (new_state, record) = jax.vjp(forward, state.params, has_aux=True)
-        seeds = {
-            objective: {name: jnp.full_like(value, name == objective) for name, value in scalars.items()}
-            for objective in scalars
-        }
-        return {objective: pullback(seed)[0] for objective, seed in seeds.items()}, new_state, record
-
+    gradients = functools.partial(
+        _gradients, state, method=method, steps_per_epoch=steps_per_epoch, precision=precision
+    )
     if accumulate == 1:
-        by_objective, model_state, record = gradients(state.model_state, batch, 0)
+        by_objective, model_state, record = gradients(state.model_state, batch)
     else:
         by_objective, model_state, record = _accumulated(
             gradients, state.model_state, batch, accumulate, list(optimizers), state.params
@@ -211,6 +206,35 @@ def train_step(
         model_state=model_state,
         record=jax.tree.map(jnp.add, state.record, record),
     )
+
+
+def _gradients(state, model_state, part, index=None, *, method, steps_per_epoch, precision):
+    """({objective: gradient}, new model state, record) of a batch, or of its part number `index`."""
+    # Nothing else of a step is random: whoever goes on from a checkpoint draws the same masks again.
+    rng = jax.random.fold_in(state.rng, state.step)
+    rng = rng if index is None else jax.random.fold_in(rng, index)
+
+    def forward(params):
+        variables = {"params": params, **model_state}
+        outputs, new_state = apply(
+            method,
+            variables,
+            part["image"],
+            precision,
+            train=True,
+            mutable=list(model_state),
+            rngs={"dropout": rng},
+        )
+        scalars, terms = method.objectives(outputs, part["label"], state.step / steps_per_epoch)
+        return scalars, (new_state, step_record(method, scalars, terms, outputs, part["label"]))
+
+    scalars, pullback, (new_state, record) = jax.vjp(forward, state.params, has_aux=True)
+    # One forward pass serves all objectives: each is pulled back alone.
+    seeds = {
+        objective: {name: jnp.full_like(value, name == objective) for name, value in scalars.items()}
+        for objective in scalars
+    }
+    return {objective: pullback(seed)[0] for objective, seed in seeds.items()}, new_state, record
 
 
 def _accumulated(gradients, model_state, batch, parts, objectives, params):

@@ -9,49 +9,45 @@ import logging
 import operator
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from ffl_jax import methods
-from ffl_jax.cli import ROOT
 from ffl_jax.data import Dataset, Split, resident
 from ffl_jax.errors import CheckpointError, ConfigError
 from ffl_jax.training import config as config_lib
 from ffl_jax.training.experiment import RUN_FORMAT, Experiment, resolve
 from ffl_jax.training.steps import TrainState
 from ffl_jax.workdir import checkpoint
+from ffl_jax.workdir.paths import ROOT
 
 
-def prepare(config: ConfigDict, workdir: Path, train: Callable) -> list[str]:
-    """The runs that the teachers of a new run come from, "DIR" or "DIR:PREDICTION" each; empty without any.
+def to_train(config: ConfigDict, workdir: Path) -> Iterator[tuple[ConfigDict, str]]:
+    """(configuration, folder) of the teachers of a new run that the configuration names no runs for.
 
-    Where the configuration names none, they are trained first, in `workdir/teachers`, each from a seed of its
-    own; those that are finished there are taken as they are, and one that was stopped continues.
+    Each is from a seed of its own, in `workdir/teachers`. Trained in turn, those that are finished there are
+    taken as they are, and one that was stopped continues.
 
-    Args:
-      config: of the student.
-      workdir: of the student.
-      train: `train.train`.
+    Args: config, workdir: of the student.
 
     Raises:
-      ConfigError: the runs are not one for each teacher.
+      ConfigError: the runs that are named are not one for each teacher.
     """
-    if not methods.takes_teachers(config.method.name):
-        return []
-    runs, num = named_runs(config), config.teachers.num
-    if runs:
-        return runs
+    if not methods.takes_teachers(config.method.name) or named_runs(config):
+        return
     names = config_lib.teacher_names(config)
-    for index in range(num):
-        runs.append(str(workdir / "teachers" / str(index)))
+    for index, folder in enumerate(_own_runs(config, workdir)):
         teacher = teacher_config(config, index)
-        what = f"{teacher.method.name}, {names[index]}, {teacher.epochs} epochs, in {runs[-1]}"
-        logging.info("Teacher %d of %d first: %s", index + 1, num, what)
-        train(teacher, runs[-1])
+        what = f"{teacher.method.name}, {names[index]}, {teacher.epochs} epochs, in {folder}"
+        logging.info("Teacher %d of %d first: %s", index + 1, len(names), what)
+        yield teacher, folder
     logging.info("Now their student, in %s", workdir)
-    return runs
+
+
+def _own_runs(config, workdir):
+    return [str(workdir / "teachers" / str(index)) for index in range(config.teachers.num)]
 
 
 def named_runs(config: ConfigDict) -> list[str]:
@@ -97,20 +93,20 @@ def teacher_config(config: ConfigDict, index: int) -> ConfigDict:
     return teacher
 
 
-def install(state: TrainState, runs: list[str], experiment: Experiment) -> TrainState:
+def install(state: TrainState, experiment: Experiment, workdir: Path) -> TrainState:
     """The first state of a student, with the trained weights of its teachers in place of random ones.
 
     Args:
       state: with random ones.
-      runs: what `prepare` returned.
-      experiment: of the student.
+      experiment, workdir: of the student, after `to_train`.
 
     Raises:
       CheckpointError: see `load`.
     """
-    if not runs:
+    config = experiment.config
+    if not methods.takes_teachers(config.method.name):
         return state
-    teachers = load(runs, experiment)
+    teachers = load(named_runs(config) or _own_runs(config, workdir), experiment)
 
     def join(kind, tree):
         if "teachers" not in tree:
@@ -204,7 +200,7 @@ def _load(folder, prediction, index, experiment) -> dict:
             f"{', '.join(known)}."
         )
     state = checkpoint.restore(directory, step, teacher.abstract_state())
-    network, variables = teacher.method.extract({"params": state.params, **state.model_state}, prediction)
+    network, variables = teacher.method.extract(state.variables, prediction)
     if network != experiment.method.teachers.member(index):
         wanted = config_lib.teacher_names(config)[index]
         raise CheckpointError(

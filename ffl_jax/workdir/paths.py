@@ -1,9 +1,11 @@
-"""Where this machine keeps what can be made again. Light on imports."""
+"""Where this project lies, and where this machine keeps what can be made again. Light on imports."""
 
 import hashlib
 import os
 import pathlib
 import platform
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent  # where `configs/` and `launch/` are, in a clone
 
 
 def cache_directory(cache_dir: str = "") -> pathlib.Path:

@@ -12,7 +12,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ffl_jax.devices import processes
 
-FIRST_STEP = "The first step was done"  # how a line of the log begins
 _LINE_SECONDS = 15.0
 _DISPATCH_SECONDS = 0.5
 
@@ -96,13 +95,14 @@ class Pace:
 
     Attributes:
       steps: that last about as long as `_DISPATCH_SECONDS`.
+      start_seconds: from the start of the process until the first of them were done; None before.
     """
 
     def __init__(self):
         self.steps = 1
+        self.start_seconds: float | None = None
         self._given = None  # to the devices last: (an array that is there when it is done, steps)
         self._time: float | None = None
-        self._begun = False
 
     def wait(self, result, steps: int):
         """Returns when all that was given to the devices before this is done.
@@ -116,9 +116,9 @@ class Pace:
             return
         jax.block_until_ready(given[0])
         now = time.monotonic()
-        if not self._begun:
-            self._begun = True
-            logging.info("%s %.1f s after the start of the process.", FIRST_STEP, process_seconds())
+        if self.start_seconds is None:
+            self.start_seconds = process_seconds()
+            logging.info("The first step was done %.1f s after the start of the process.", self.start_seconds)
         if self._time is not None:
             fitting = _DISPATCH_SECONDS * given[1] / max(now - self._time, 1e-9)
             self.steps = int(min(2 * self.steps, max(1, fitting)))

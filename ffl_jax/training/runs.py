@@ -1,0 +1,218 @@
+"""The runs of one training, one for each seed: their folders, their first states, their summaries."""
+
+import dataclasses
+import functools
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ffl_jax.devices import processes
+from ffl_jax.devices.parallel import Parallel
+from ffl_jax.errors import CheckpointError, NonFiniteError, ResourceError
+from ffl_jax.training import config as config_lib
+from ffl_jax.training import steps, summary, teachers
+from ffl_jax.training.experiment import Experiment, check_belongs, run_record
+from ffl_jax.workdir import checkpoint, files
+from ffl_jax.workdir.run_folder import RunFolder
+
+_RECALLED = ("best", "evaluated_step", "scores", "seconds")  # of a `Run`, by its checkpoints
+
+
+@dataclasses.dataclass
+class Run:
+    """One seed: where it is written, and what is known of it beside its arrays.
+
+    Attributes:
+      experiment: of this seed alone.
+      folder: its own.
+      best: {"step", "epoch", "validation_top1", "predictors"} of the epoch that the validation split prefers;
+        None without one.
+      evaluated_step: the last step that was evaluated, -1 at first.
+      scores: {split: what `Evaluator` gives} there.
+      seconds: that training took, with evaluations and earlier starts; a part where seeds share it.
+      log_bytes: size of `metrics.jsonl` at the checkpoint that it continues from.
+      alarms: those that were sounded at the last evaluation; again after a restart.
+      diverged: whether it met a number that is not finite.
+    """
+
+    experiment: Experiment
+    folder: RunFolder
+    best: dict | None = None
+    evaluated_step: int = -1
+    scores: dict = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    log_bytes: int = 0
+    alarms: frozenset = frozenset()
+    diverged: bool = False
+
+    def record(self, num_devices: int) -> dict:
+        """What a checkpoint holds beside the state."""
+        self.folder.log.sync()
+        about = {key: getattr(self, key) for key in _RECALLED}
+        return run_record(self.experiment, num_devices, metrics_bytes=self.folder.log.size, **about)
+
+    def recall(self, record: dict):
+        """Takes back what `record` gave."""
+        self.log_bytes = record["metrics_bytes"]
+        for key in _RECALLED:
+            setattr(self, key, record[key])
+
+    def check_finite(self, record, step: int, params=None):
+        """Raises NonFiniteError, naming the first bad step and its terms, or parameters, if there are."""
+        count, finite = int(record["steps"]), int(record["finite_steps"])
+        if finite < count:
+            terms = [name for name, x in record["terms"].items() if not np.isfinite(x)]
+            predictions = record["predictions"].items()
+            logits = [f"logits of {name}" for name, sums in predictions if not np.isfinite(sums["nll"])]
+            self._refuse(step - count + finite + 1, [*logits[:4], *terms])
+        broken = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+            if not np.isfinite(np.asarray(leaf)).all()
+        ]
+        if broken:
+            self._refuse(step, broken)
+
+    def _refuse(self, step, names):
+        self.diverged = True
+        kept = self.folder.steps()
+        raise NonFiniteError(
+            f"training became infinite or not a number at step {step}, in {', '.join(names[:6])}: lower "
+            f"config.optimizer.learning_rate (now {self.experiment.config.optimizer.learning_rate}); "
+            f"last good checkpoint: {f'step {kept[-1]}' if kept else 'none'} in {self.folder.checkpoints}."
+        )
+
+
+class Runs:
+    """One run, or several that differ in their seed, side by side.
+
+    Attributes:
+      experiment: of all of them.
+      each: a `Run` for each seed.
+      several: whether there are several, each in a folder of its own.
+      writes: whether this process is the one that writes.
+    """
+
+    def __init__(self, experiment: Experiment, workdir: Path, parallel: Parallel):
+        self.experiment, self.workdir, self.several = experiment, workdir, parallel.num_seeds > 1
+        self.device = f"{parallel.num_devices} x {parallel.devices[0].device_kind}"
+        self.writes = processes.is_first()
+        seeds = range(experiment.config.seed, experiment.config.seed + parallel.num_seeds)
+        self.each = [
+            Run(experiment.of_seed(seed), RunFolder(workdir / f"seed_{seed}" if self.several else workdir))
+            for seed in seeds
+        ]
+        self._clock = None
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.each)
+
+    @property
+    def evaluated_step(self) -> int:
+        """The last step that all runs have evaluated."""
+        return min(run.evaluated_step for run in self)
+
+    def are_complete(self, step: int) -> bool:
+        return step >= self.experiment.total_steps and all(run.evaluated_step == step for run in self)
+
+    def newest_step(self) -> int | None:
+        """The newest step that all runs have whole; None where a kill came before all had one."""
+        newest = [run.folder.newest_step() for run in self]
+        kept = [run.folder.steps() for run in self]
+        if None in newest and all(len(one) < 2 for one in kept):
+            return None
+        step = min(step or 0 for step in newest)
+        for run, one in zip(self, kept, strict=True):
+            if step not in one:
+                raise CheckpointError(
+                    f"{run.folder.checkpoints} has no whole step {step}, which is the newest of another "
+                    "seed: begin again in another --workdir, or continue each seed alone in its own folder."
+                )
+        return step
+
+    def first_states(self) -> list[steps.TrainState]:
+        """The state of each run before its first step; the teachers that it needs are trained."""
+        states = []
+        for run in self:
+            state = run.experiment.initial_state()
+            if self.writes:
+                state = teachers.install(state, run.experiment, run.folder.path)
+            states.append(processes.from_first(state))
+        return states
+
+    def restored(self, step: int) -> list[steps.TrainState]:
+        """The state of each run at a step that all have; they recall what was known then."""
+        states = []
+        for run in self:
+
+            def load(run=run):
+                record = checkpoint.load_run(run.folder.checkpoints, step)
+                check_belongs(record, run.experiment, run.folder.checkpoints / str(step))
+                return record
+
+            run.recall(processes.value_of_first(load))
+            if self.writes:
+                abstract = run.experiment.abstract_state()
+                state = checkpoint.restore(run.folder.checkpoints, step, abstract)
+            else:
+                state = run.experiment.initial_state()  # for its form
+            states.append(processes.from_first(state))
+        return states
+
+    def check_space(self):
+        """Raises ResourceError now, not after an epoch, where the checkpoints cannot fit."""
+        leaves, keep = (
+            jax.tree.leaves(self.experiment.abstract_state()),
+            self.experiment.config.checkpoint.keep,
+        )
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) * (keep + 1) * len(self)
+        free = shutil.disk_usage(self.workdir).free
+        if free < needed:
+            raise ResourceError(
+                f"{self.workdir} has {free / 1e6:.1f} MB free, but {keep} checkpoints and the next one "
+                f"need {needed / 1e6:.1f} MB: free space, or choose another --workdir."
+            )
+
+    def stop_watch(self):
+        """Gives the runs the time that went by since the last call, each its part."""
+        now = time.monotonic()
+        for run in self:
+            run.seconds += (now - (self._clock or now)) / len(self)
+        self._clock = now
+
+    def write_summary(self, status: str, step: int, speeds: dict[str, float | None]) -> dict:
+        """Writes every run's summary, and one of all seeds where they are several; returns the latter."""
+        # Of those that ended because another one diverged, each was well itself.
+        own = ["preempted" if status == "diverged" and not run.diverged else status for run in self]
+        written = [self._write(run, one, step, speeds) for run, one in zip(self, own, strict=True)]
+        joint = summary.joint(written) | {"status": status}
+        if self.several and self.writes:
+            files.write_json(self.workdir / "config.json", config_lib.to_json(self.experiment.config))
+            files.write_json(self.workdir / "summary.json", joint)
+        return joint
+
+    def stored_summary(self, step: int) -> dict:
+        """The summary of a complete training; that of a run is written again where a kill came before it."""
+        summaries = []
+        for run in self:
+            stored = run.folder.read_summary()
+            complete = stored.get("status") == "completed" and stored.get("step") == step
+            summaries.append(stored if complete else self._write(run, "completed", step, {}))
+        return summary.joint(summaries)
+
+    def _write(self, run, status, step, speeds):
+        one = summary.of_run(run, self._costs, status, step, speeds, self.device)
+        if self.writes:
+            run.folder.write_summary(one)
+        return one
+
+    @functools.cached_property
+    def _costs(self):
+        return summary.Costs(self.experiment)
