@@ -21,42 +21,32 @@ and with a full one. Times are medians over blocks of calls. FLOPs are XLA's cou
 multiply-add as two; peaks are those of a large matrix product and a large sum, measured here.
 """
 PARTS = ("step", "evaluation", "input", "loop", "start")
+# What multiplies to the rows of the step: {flag: (key of the configuration, what it lists)}.
+GRID = {
+    "executions": ("subnetworks.execution", "loop, vmap, or both; by default that of the configuration"),
+    "precisions": ("precision", "float32, bfloat16, or both"),
+    "nums": ("subnetworks.num", "numbers of sub-networks"),
+    "batch_sizes": ("batch_size", "batch sizes"),
+    "seeds": ("num_seeds", "numbers of seeds side by side"),
+}
 
 
 def command(argv: list[str]):
-    values = cli.new_flags()
-    given = argv[1:]
-    for name, default, text in (
-        ("parts", ["step", "evaluation", "input", "loop"], f"What to measure, of {', '.join(PARTS)}."),
-        ("executions", [], "For the step: loop, vmap, or both; by default that of the configuration."),
-        ("precisions", [], "For the step: float32, bfloat16, or both."),
-        ("nums", [], "For the step: numbers of sub-networks."),
-        ("batch_sizes", [], "For the step: batch sizes."),
-        ("seeds", [], "For the step: numbers of seeds side by side."),
-    ):
-        flags.DEFINE_list(name, default, text, flag_values=values)
+    values, given = cli.new_flags(), argv[1:]
+    text = f"What to measure, of {', '.join(PARTS)}."
+    flags.DEFINE_list("parts", ["step", "evaluation", "input", "loop"], text, flag_values=values)
+    for name, (_, text) in GRID.items():
+        flags.DEFINE_list(name, [], f"For the step: {text}.", flag_values=values)
     flags.DEFINE_integer(
-        "synthetic",
-        0,
-        "Classes of noise to train on; 0 loads the dataset.",
-        flag_values=values,
-        lower_bound=0,
+        "synthetic", 0, "Classes of noise to train on; 0 loads the dataset.", 0, flag_values=values
     )
-    flags.DEFINE_integer(
-        "examples", 0, "Images of noise; 0 for 200 batches.", flag_values=values, lower_bound=0
-    )
+    flags.DEFINE_integer("examples", 0, "Images of noise; 0 for 200 batches.", 0, flag_values=values)
     flags.DEFINE_string("json", None, "A file for the same numbers.", flag_values=values)
     cli.parse(values, argv, USAGE, config=True)
     for part in values.parts:
         if part not in PARTS:
             raise cli.ConfigError(f"--parts: {nearest(part, PARTS)}")
-    grid = {
-        "subnetworks.execution": values.executions,
-        "precision": values.precisions,
-        "subnetworks.num": [_whole("nums", x) for x in values.nums],
-        "batch_size": [_whole("batch_sizes", x) for x in values.batch_sizes],
-        "num_seeds": [_whole("seeds", x) for x in values.seeds],
-    }
+    grid = {key: [_value(name, text) for text in values[name].value] for name, (key, _) in GRID.items()}
 
     from ffl_jax.measure import speed
 
@@ -64,7 +54,7 @@ def command(argv: list[str]):
     print(bench.heading(), flush=True)
     for part in values.parts:
         if part == "step":
-            bench.steps({key: choices for key, choices in grid.items() if choices})
+            bench.training_steps({key: choices for key, choices in grid.items() if choices})
         elif part == "start":
             bench.start([argument for argument in given if argument.startswith("--config")])
         else:
@@ -73,14 +63,16 @@ def command(argv: list[str]):
     print(f"\nPeak memory: {', '.join(f'{name} {size:.0f} MB' for name, size in memory.items())}")
     if values.json:
         results = bench.machine | {"memory_mb": memory, "rows": bench.rows}
-        Path(values.json).write_text(json.dumps(results, indent=2) + "\n")
+        Path(values.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def _whole(flag, text):
+def _value(flag, text):
+    if flag in ("executions", "precisions"):
+        return text
     if not text.isdecimal() or int(text) < 1:
         raise cli.ConfigError(f"--{flag} takes whole numbers from 1 on, got {text!r}.")
     return int(text)
 
 
 if __name__ == "__main__":
-    cli.run(command)
+    cli.run(command, huge_pages=True)

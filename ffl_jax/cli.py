@@ -17,9 +17,8 @@ from absl import flags
 from ffl_jax.devices import preemption
 from ffl_jax.errors import ConfigError, FFLError, Preempted, ResourceError
 from ffl_jax.registry import nearest
-from ffl_jax.workdir.paths import programs_directory
+from ffl_jax.workdir.paths import ROOT, programs_directory
 
-ROOT = Path(__file__).resolve().parent.parent
 _OUT_OF_RESOURCES = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.EIO),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
@@ -34,10 +33,16 @@ def new_flags() -> flags.FlagValues:
     return values
 
 
-def run(command: Callable[[list[str]], None]):
-    """Runs `command(arguments)` and ends the process with the contract's exit code."""
-    _use_huge_pages()
+def run(command: Callable[[list[str]], None], huge_pages: bool = False):
+    """Runs `command(arguments)` and ends the process with the contract's exit code.
+
+    Args: huge_pages: the command trains in this process; begins anew where that makes it faster.
+    """
+    if huge_pages:
+        _use_huge_pages()
     _keep_programs()
+    if sys.stdout:  # A terminal may have no "±", and a file's name may be no text; stderr escapes by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
     preemption.install()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for talkative in ("absl", "jax", "matplotlib", "tensorboardX"):  # Orbax and TFDS speak as absl
@@ -45,7 +50,7 @@ def run(command: Callable[[list[str]], None]):
     debug = "--debug" in sys.argv
     try:
         command(sys.argv)
-        sys.stdout.flush()
+        print(end="", flush=True)
         code = 0
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,10 +81,10 @@ def _use_huge_pages():
     """
     tunables = [item for item in os.environ.get("GLIBC_TUNABLES", "").split(":") if item]
     try:
-        on_request = "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
     except OSError:  # no Linux
         return
-    if on_request and not any(item.startswith("glibc.malloc.hugetlb=") for item in tunables):
+    if "[madvise]" in setting and not any(item.startswith("glibc.malloc.hugetlb=") for item in tunables):
         os.environ["GLIBC_TUNABLES"] = ":".join([*tunables, "glibc.malloc.hugetlb=1"])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
@@ -159,11 +164,10 @@ def _parse_config(values, argv):
     folder = str(path.resolve().parent.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # for `from configs import common`, from wherever the command is run
-    before, sys.argv = sys.argv, argv  # where the overrides are read from
     try:
         # As the default, not as a flag: the overrides are defined anew for each, and absl refuses the second
         # time.
-        config_flags.DEFINE_config_file("config", chosen, "", lock_config=True, flag_values=values)
+        config_flags.DEFINE_config_file("config", chosen, "", flag_values=values, sys_argv=argv)
         return values(argv)
     except (FFLError, flags.Error):
         raise
@@ -173,8 +177,6 @@ def _parse_config(values, argv):
         line = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{line.filename}:{line.lineno}"
         raise ConfigError(f"{path}: {type(error).__name__}: {error} ({where})") from error
-    finally:
-        sys.argv = before
 
 
 def _resolve(chosen: str) -> str:

@@ -21,14 +21,12 @@ def parse(argv: list[str]) -> flags.FlagValues:
     """The command line: `config`, `workdir`, `distributed`; raises ConfigError or absl's own errors."""
     values = cli.new_flags()
     flags.DEFINE_string("workdir", None, "Where the run is written; runs/... by default.", flag_values=values)
-    flags.DEFINE_bool(
-        "distributed",
-        False,
+    distributed = (
         "This is one of several processes that train together, all started with the same arguments; one "
         "alone writes the workdir. Clusters that JAX knows say who they are, otherwise the variables "
-        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.",
-        flag_values=values,
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do."
     )
+    flags.DEFINE_bool("distributed", False, distributed, flag_values=values)
     cli.parse(values, argv, USAGE, config=True)
     return values
 
@@ -45,9 +43,8 @@ def command(argv: list[str]):
         logging.getLogger().setLevel(logging.WARNING)
     workdir = values.workdir or cli.default_workdir(values.config)
     summary = loop.train(values.config, workdir)
-    scores = ", ".join(
-        f"{name} {_percent(one['top1'])}" for name, one in summary["predictors"].items() if "top1" in one
-    )
+    scored = summary["predictors"].items()
+    scores = ", ".join(f"{name} {_percent(one['top1'])}" for name, one in scored if "top1" in one)
     if processes.is_first():
         print(f"{summary['status']}: test top-1: {scores}\nwritten to {workdir}")
 
@@ -60,4 +57,4 @@ def _percent(top1: float | list[float]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(command)
+    cli.run(command, huge_pages=True)

@@ -47,3 +47,17 @@ def test_a_cache_that_cannot_be_written_is_left_alone(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/there/is/none")
     cli._keep_programs()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.parametrize(("huge_pages", "expected"), [(False, ""), (True, "anew\n")])
+def test_only_what_trains_begins_anew_and_any_terminal_will_do(huge_pages, expected, commands):
+    """One that knows ASCII alone, as under LC_ALL=C of some systems, shows other characters escaped."""
+    script = "from ffl_jax import cli; cli._use_huge_pages = lambda: print('anew'); "
+    script += f"cli.run(lambda argv: print('97.1 ± 0.2 – \\udcff'), huge_pages={huge_pages})"
+    result = commands.run("-c", script, env={"PYTHONIOENCODING": "ascii"})
+    assert result.stdout == expected + "97.1 \\xb1 0.2 \\u2013 \\udcff\n"
+
+
+def test_a_closed_output_does_not_end_a_command(commands):
+    script = "import sys; sys.stdout = None; from ffl_jax import cli; cli.run(lambda argv: print('done'))"
+    assert commands.run("-c", script).stdout == ""

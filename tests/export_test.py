@@ -72,7 +72,7 @@ def test_export(run, tmp_path, name, format):
     model = deployment.load(output)
     assert (model.format, model.card) == (format, report.card)
     images = experiment.dataset.test.images[:7]
-    variables = {"params": state.params, **state.model_state}
+    variables = state.variables
     expected = in_float64(experiment.method, variables, images, experiment.config.data)[name]
     for count in (1, 7):
         np.testing.assert_allclose(

@@ -13,7 +13,8 @@ from conftest import MAIN, ROOT
 from ffl_jax import sweep
 from ffl_jax.devices import preemption
 from ffl_jax.errors import ConfigError, FFLError, Preempted
-from ffl_jax.workdir import outputs
+from ffl_jax.training import sweep as sweeps
+from ffl_jax.workdir import files
 
 TINY = ("--config=configs/digits.py:epochs=1,recipe=common", "--networks=tiny")
 
@@ -32,7 +33,7 @@ def started(monkeypatch):
         calls.append(arguments[3:])
         return calls.codes.get(len(calls), 0)
 
-    monkeypatch.setattr(sweep, "_run", run)
+    monkeypatch.setattr(sweeps, "run", run)
     from ffl_jax.reporting import report
 
     def write(folders, output):
@@ -123,14 +124,14 @@ def test_refusals_come_before_the_first_run(arguments, message, started, monkeyp
 
 def test_a_real_sweep_is_reported_and_complete(cache, monkeypatch, tmp_path, capfd):
     """Two seeds of one network alone; then a third is added, and the others are not started again."""
-    monkeypatch.setattr(sweep, "_PROGRAM", [sys.executable, *MAIN])
+    monkeypatch.setattr(sweeps, "_PROGRAM", [sys.executable, *MAIN])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache / "jax"))
     command = ["sweep", *TINY, "--methods=independent", "--config.subnetworks.num=1", f"--output={tmp_path}"]
     sweep.command([*command, "--seeds=0,1", "--together"])
     assert "[1/1] independent, tiny, seeds 0-1" in capfd.readouterr().out
-    summary = outputs.read_json(tmp_path / "independent-tiny-seeds0-1" / "seed_1" / "summary.json")
+    summary = files.read_json(tmp_path / "independent-tiny-seeds0-1" / "seed_1" / "summary.json")
     assert summary["status"] == "completed"
     table = (tmp_path / "report/report.md").read_text()
     assert "independent" in table
@@ -138,7 +139,7 @@ def test_a_real_sweep_is_reported_and_complete(cache, monkeypatch, tmp_path, cap
 
     sweep.command([*command, "--seeds=0,1", "--together"])
     assert "[1/1] independent, tiny, seeds 0-1: complete" in capfd.readouterr().out
-    monkeypatch.setattr(sweep, "_run", lambda arguments: pytest.fail("started again"))
+    monkeypatch.setattr(sweeps, "run", lambda arguments: pytest.fail("started again"))
     sweep.command([*command, "--seeds=0,1", "--together"])
     with pytest.raises(pytest.fail.Exception):  # another configuration: for the run itself to refuse
         sweep.command([*command, "--seeds=0,1", "--together", "--config.batch_size=32"])
@@ -148,13 +149,14 @@ def test_a_signal_is_passed_on_once(commands):
     """The run has saved before the sweep ends."""
     script = """
     import os, signal, sys, threading, time
-    from ffl_jax import preemption, sweep
+    from ffl_jax.devices import preemption
+    from ffl_jax.training import sweep
     preemption.install()
     run = "import signal, sys, time; got = []; signal.signal(signal.SIGTERM, lambda *_: got.append(1)); "
     run += "print('ready', flush=True); [time.sleep(0.1) for _ in range(1000) if not got]; time.sleep(0.5); "
     run += "print(f'{len(got)} signal', flush=True); sys.exit(75)"
     threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    print("ended with", sweep._run([sys.executable, "-c", run]), preemption.requested())
+    print("ended with", sweep.run([sys.executable, "-c", run]), preemption.requested())
     """
     result = commands.run("-u", "-c", textwrap.dedent(script))
     assert result.stdout.splitlines() == ["ready", "1 signal", "ended with 75 True"]

@@ -20,7 +20,7 @@ from ffl_jax.models import NETWORKS
 from ffl_jax.registry import nearest
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import cost, scoring, steps
-from ffl_jax.workdir import manifest, outputs
+from ffl_jax.workdir import files, manifest
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
 _IMAGES = 64
@@ -92,7 +92,7 @@ def export(
     finally:
         temporary.unlink(missing_ok=True)
     if format == "safetensors":
-        outputs.write_json(output.with_suffix(".json"), card)
+        files.write_json(output.with_suffix(".json"), card)
     return report
 
 
@@ -116,10 +116,8 @@ def describe(restored: scoring.Restored, name: str | None = None) -> tuple[dict,
     """
     experiment, config, dataset = restored.experiment, restored.experiment.config, restored.experiment.dataset
     method, num_classes = experiment.method, len(dataset.class_names)
-    variables = {"params": restored.state.params, **restored.state.model_state}
-    costs = cost.prediction_costs(
-        method, restored.state.params, restored.state.model_state, experiment.image_shape
-    )
+    variables = restored.state.variables
+    costs = cost.prediction_costs(method, variables, experiment.image_shape)
     name = name or method.headline
     if name not in costs:
         raise ConfigError(f"{config.method.name} has no prediction {name!r}: {nearest(name, costs)}")
@@ -171,7 +169,7 @@ def reference(restored: scoring.Restored, name: str, images: np.ndarray) -> np.n
             outputs = steps.apply(experiment.method, variables, images, train=False)
             return experiment.method.predictions(outputs)[name]
 
-    return np.asarray(logits({"params": restored.state.params, **restored.state.model_state}, images))
+    return np.asarray(logits(restored.state.variables, images))
 
 
 def _test_images(experiment) -> np.ndarray:

@@ -85,10 +85,16 @@ class _Operations(Graph):
         name, atoms = equation.primitive.name, equation.invars
         if (absorbed := self._absorbed(name, atoms)) is not None:
             return absorbed
-        first = self.first(atoms)
         if name == "max" and isinstance(atoms[1], core.Literal) and atoms[1].val == 0:
-            return Value(self.add("Relu", [self.take(atoms[0], first)]), first)
-        return Value(self.add(_ELEMENTWISE[name], [self.take(atom, first) for atom in atoms]), first)
+            return self._each("Relu", atoms[:1])
+        return self._each(_ELEMENTWISE[name], atoms)
+
+    def _each(self, op, atoms, *further, **attributes) -> Value:
+        """A node whose operands, and whose result, have their channels at the same place."""
+        first = self.first(atoms)
+        return Value(
+            self.add(op, [*(self.take(atom, first) for atom in atoms), *further], **attributes), first
+        )
 
     def _absorbed(self, name, atoms) -> Convolution | None:
         """The convolution before, if it is used nowhere else, with a constant for each channel taken in."""
@@ -107,32 +113,23 @@ class _Operations(Graph):
         return dataclasses.replace(one, kernel=one.kernel * each[:, None, None, None], bias=one.bias * each)
 
     def _on_convert_element_type(self, equation):
-        (atom,), dtype = equation.invars, np.dtype(equation.params["new_dtype"])
-        first = self.first([atom])
-        to = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-        return Value(self.add("Cast", [self.take(atom, first)], to=to), first)
+        return self._each("Cast", equation.invars, to=_type(equation.params["new_dtype"]))
 
     def _on_integer_pow(self, equation):
-        (atom,) = equation.invars
-        first, exponent = self.first([atom]), np.array(equation.params["y"], atom.aval.dtype)
-        return Value(self.add("Pow", [self.take(atom, first), self.constant(exponent)]), first)
+        exponent = np.array(equation.params["y"], equation.invars[0].aval.dtype)
+        return self._each("Pow", equation.invars, self.constant(exponent))
 
     def _on_square(self, equation):
-        (atom,) = equation.invars
-        first = self.first([atom])
-        return Value(self.add("Mul", [self.take(atom, first)] * 2), first)
+        return self._each("Mul", equation.invars * 2)
 
     def _on_select_n(self, equation):
-        first = self.first(equation.invars)
-        condition, otherwise, chosen = (self.take(atom, first) for atom in equation.invars)
-        return Value(self.add("Where", [condition, chosen, otherwise]), first)
+        condition, otherwise, chosen = equation.invars
+        return self._each("Where", [condition, chosen, otherwise])
 
     def _on_is_finite(self, equation):
-        (atom,) = equation.invars
-        first = self.first([atom])
-        value = self.take(atom, first)
-        either = self.add("Or", [self.add("IsNaN", [value]), self.add("IsInf", [value])])
-        return Value(self.add("Not", [either]), first)
+        nan, infinite = (self._each(op, equation.invars) for op in ("IsNaN", "IsInf"))
+        either = self.add("Or", [nan.name, infinite.name])
+        return Value(self.add("Not", [either]), nan.first)
 
     # -- maps ----------------------------------------------------------------------------------------------
 
@@ -186,13 +183,12 @@ class _Operations(Graph):
     def _on_argmax(self, equation):
         (atom,), (axis,) = equation.invars, equation.params["axes"]
         found = self.add("ArgMax", [self.take(atom)], axis=axis, keepdims=0)
-        to = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(equation.params["index_dtype"]))
-        return Value(self.add("Cast", [found], to=to))
+        return Value(self.add("Cast", [found], to=_type(equation.params["index_dtype"])))
 
     def _on_concatenate(self, equation):
-        first, axis = self.first(equation.invars), equation.params["dimension"]
-        inputs = [self.take(atom, first) for atom in equation.invars]
-        return Value(self.add("Concat", inputs, axis=_AXES[axis] if first else axis), first)
+        axis = equation.params["dimension"]
+        axis = _AXES[axis] if self.first(equation.invars) else axis
+        return self._each("Concat", equation.invars, axis=axis)
 
     def _on_split(self, equation):
         first, axis = self.first(equation.invars), equation.params["axis"]
@@ -293,6 +289,11 @@ def _require(condition, equation):
             f"--format=onnx: JAX's operation {equation.primitive.name} is used in a way that has no "
             "translation here; export with --format=stablehlo."
         )
+
+
+def _type(dtype) -> int:
+    """ONNX's number of a type."""
+    return onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
 
 def _pads(padding) -> list[int]:

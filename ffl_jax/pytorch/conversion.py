@@ -27,7 +27,7 @@ from ffl_jax.pytorch import reading
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import steps
 from ffl_jax.training.experiment import Experiment, run_record
-from ffl_jax.workdir import checkpoint, outputs
+from ffl_jax.workdir import checkpoint, files
 
 _LISTED = 5
 _LEAVES = {
@@ -106,7 +106,7 @@ def write(weights: Weights, config: ConfigDict, workdir: str | Path):
     with checkpoint.lock(workdir):
         if checkpoint.exists(directory):
             raise CheckpointError(f"{workdir} holds checkpoints already: choose another --workdir.")
-        outputs.write_json(directory.parent / "config.json", config_lib.to_json(experiment.config))
+        files.write_json(directory.parent / "config.json", config_lib.to_json(experiment.config))
         with checkpoint.Checkpoints(directory) as writer:
             writer.save(0, state, run_record(experiment))
 
@@ -153,7 +153,7 @@ def _ffl_name(path, k):
     if path[0] == "fusion":
         names = {"depthwise_conv": "conv1", "depthwise_norm": "bn1", "head": "fc2"}
         return f"fusion/{(names | {'pointwise_conv': 'conv1_1', 'pointwise_norm': 'bn1_1'})[path[1]]}"
-    name = _resnet_name("/".join(path[2:]))
+    name = _released_name(ResNetCifar, path[2:])
     if k is not None:
         name = re.sub("^fc$", f"classfier3_{k + 1}", name)
         name = re.sub(r"^layer3\.", f"layer3_{k + 1}.", name)
@@ -173,7 +173,7 @@ def _load_ffsd(found, network):
     method = methods.METHODS["independent"](subnetworks.Stacked(module, num=1), module.num_classes)
 
     def name_of(path, k):
-        return _NAMES[type(module)]("/".join(path[2:]))
+        return _released_name(type(module), path[2:])
 
     variables = _variables(method, entries, name_of, f"{where}, {network},")
     return Weights("independent", network, 1, 0, module.num_classes, variables, left_out)
@@ -226,51 +226,45 @@ def _build(network, families, source, where, entries, head):
 # -- names ---------------------------------------------------------------------------------------------------
 
 
-def _resnet_name(module):
-    names = {"head": "fc", "stem_conv": "conv1", "stem_norm": "bn1"}
-    if module in names:
-        return names[module]
-    stage, block, layer = re.fullmatch(r"stage(\d)_block(\d+)/(\w+)", module).groups()
-    names = {"shortcut_conv": "downsample.0", "shortcut_norm": "downsample.1"}
-    return f"layer{stage}.{int(block) - 1}.{names.get(layer, layer.replace('norm', 'bn'))}"
-
-
-def _wide_resnet_name(module):
-    names = {"head": "linear", "stem_conv": "conv1", "stage3_norm": "bn1"}
-    return names.get(module) or _resnet_name(module).replace("downsample", "shortcut")
-
-
-def _densenet_name(module):
-    names = {"head": "fc", "stem_conv": "conv1", "stage3_norm": "bn"}
-    if module in names:
-        return names[module]
-    stage, part, layer = re.fullmatch(r"stage(\d)_(transition|layer\d+)[/_](\w+)", module).groups()
-    layer = layer.replace("norm", "bn")
-    if part == "transition":
-        return f"trans{int(stage) - 1}.{layer}1"
-    return f"dense{stage}.{int(part.removeprefix('layer')) - 1}.{layer}"
-
-
-def _googlenet_name(module):
-    names = {"head": "linear", "stem_conv": "pre_layers.0", "stem_norm": "pre_layers.1"}
-    if module in names:
-        return names[module]
-    pattern = r"stage(\d)_block(\d)/branch(\d)_(conv|norm)(\d)"
-    stage, block, branch, layer, number = re.fullmatch(pattern, module).groups()
+def _googlenet_name(found):
+    stage, block, branch, layer, number = found.groups()
     # Convolution, norm and ReLU follow one another in a branch, in the last one after the max pool.
     position = 3 * (int(number) - 1) + (layer == "norm") + (branch == "4")
     branch = ("branch1x1", "branch3x3", "branch5x5", "branch_pool")[int(branch) - 1]
-    return f"inception_{'abcde'[int(block) - 1]}{int(stage) + 2}.{branch}.{position}"
+    return f"inception_{'abcde'[int(block)]}{int(stage) + 2}.{branch}.{position}"
 
 
-# Family -> function from the path of a layer of ours, joined by "/", to PyTorch's.
+_BLOCK = (r"stage(\d)_block(\d+)/", r"layer\1.\2.")
+_RESNET = (
+    *(("head", "fc"), ("stem_conv", "conv1"), ("stem_norm", "bn1"), _BLOCK),
+    *(("shortcut_conv", "downsample.0"), ("shortcut_norm", "downsample.1"), ("norm", "bn")),
+)
+# Family -> what to replace, one after another, in the path of a layer of ours to have PyTorch's.
 _NAMES = {
-    ResNetCifar: _resnet_name,
-    ResNet: _resnet_name,
-    WideResNet: _wide_resnet_name,
-    DenseNet: _densenet_name,
-    GoogLeNet: _googlenet_name,
+    ResNetCifar: _RESNET,
+    ResNet: _RESNET,
+    WideResNet: (
+        *(("head", "linear"), ("stem_conv", "conv1"), ("stage3_norm", "bn1"), _BLOCK),
+        *(("shortcut_conv", "shortcut.0"), ("norm", "bn")),
+    ),
+    DenseNet: (
+        *(("head", "fc"), ("stem_conv", "conv1"), ("stage3_norm", "bn"), ("norm", "bn")),
+        *((r"stage(\d)_layer(\d+)/", r"dense\1.\2."), (r"stage2_transition_(\w+)", r"trans1.\g<1>1")),
+        (r"stage3_transition_(\w+)", r"trans2.\g<1>1"),
+    ),
+    GoogLeNet: (
+        *(("head", "linear"), ("stem_conv", "pre_layers.0"), ("stem_norm", "pre_layers.1")),
+        (r"stage(\d)_block(\d)/branch(\d)_(conv|norm)(\d)", _googlenet_name),
+    ),
 }
+
+
+def _released_name(family: type, path: Sequence[str]) -> str:
+    """PyTorch's name of a layer of ours; it counts blocks and layers from 0."""
+    name = re.sub(r"(?<=block|layer)\d+", lambda found: str(int(found[0]) - 1), "/".join(path))
+    for pattern, replacement in _NAMES[family]:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _variables(method, entries: dict[str, np.ndarray], name_of: Callable, what: str) -> dict:
