@@ -19,7 +19,7 @@ from ffl_jax.models import NETWORKS, Network
 from ffl_jax.models.base import batch_norm, conv
 from ffl_jax.training import steps
 from ffl_jax.training.experiment import Experiment, run_record
-from ffl_jax.workdir import checkpoint, outputs
+from ffl_jax.workdir import checkpoint, curves
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -78,13 +78,22 @@ def draw_variables(module, inputs):
     return _draw(tree)
 
 
-def draw_state(method, optimizers, image_shape):
-    """A first `TrainState` with such variables, of the form that `steps.create_state` gives it."""
+def draw_model(method, image_shape):
+    """(params, model_state) of a method, random in the same way."""
     key = jax.random.key(0)
-    state = jax.eval_shape(lambda: steps.create_state(method, optimizers, key, image_shape))
-    drawn = {"params": _draw(state.params), "model_state": _draw(state.model_state), "rng": key}
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.replace(rng=jnp.zeros(())))
-    return zeros.replace(**drawn)
+    return tuple(map(_draw, jax.eval_shape(lambda: steps.init_variables(method, key, image_shape))))
+
+
+def first_state(method, optimizers, image_shape, params, model_state):
+    """The `TrainState` before the first step, with these variables."""
+    return steps.TrainState(
+        step=jnp.int32(0),
+        params=params,
+        model_state=model_state,
+        opt_state={name: optimizer.init(params) for name, optimizer in optimizers.items()},
+        rng=jax.random.key(0),
+        record=steps.zero_record(method, params, model_state, image_shape),
+    )
 
 
 def equations(jaxpr):
@@ -101,12 +110,13 @@ def write_run(workdir, config, step=69):
     No class is certain: logits are small.
     """
     experiment = Experiment(config, data.load(config.data))
-    state = draw_state(experiment.method, experiment.optimizers, experiment.image_shape)
+    method, shape = experiment.method, experiment.image_shape
+    params, model_state = draw_model(method, shape)
     params = jax.tree_util.tree_map_with_path(
-        lambda path, x: x / 100 if "head" in jax.tree_util.keystr(path) else x, state.params
+        lambda path, x: x / 100 if "head" in jax.tree_util.keystr(path) else x, params
     )
-    state = state.replace(params=params)
-    scores = {"test": {"predictions": {experiment.method.headline: {"top1": 0.5}}}}
+    state = first_state(method, experiment.optimizers, shape, params, model_state)
+    scores = {"test": {"predictions": {method.headline: {"top1": 0.5}}}}
     with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(step, state, run_record(experiment, evaluated_step=step, scores=scores))
     return experiment, state
@@ -161,7 +171,8 @@ class Commands:
 def pytest_collection_modifyitems(items):
     """The longest files first, so that the processes end together."""
     slow = (
-        *("train_test", "method_test", "seeds_test", "parallel_methods_test", "processes_test", "main_test"),
+        *("accelerator_test", "train_test", "method_test", "seeds_test", "parallel_methods_test"),
+        *("processes_test", "main_test", "own_method_test", "export_test"),
         *("data_streaming_test", "bench_test", "teachers_test", "golden_test", "ffsd_test", "parallel_test"),
         *("launch_test", "precision_test", "import_weights_test", "models_test", "scoring_test"),
         *("report_test",),
@@ -181,7 +192,7 @@ def no_programs_pile_up():
 def no_curves():
     """Pictures of trainings in this process take long; those of processes of their own are drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outputs, "draw_curves", lambda *_: None)
+        patch.setattr(curves, "draw_curves", lambda *_, **__: None)
         yield
 
 

@@ -4,58 +4,23 @@ import re
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
-from conftest import draw_state, equations
+from conftest import equations
+from harness import ALL, CLASSES, SHAPE, Training, configuration, draw_batch, refusal
 
-from configs import common
 from ffl_jax import methods
 from ffl_jax.errors import ConfigError
-from ffl_jax.training import metrics, optimizers, steps
+from ffl_jax.methods.base import ENSEMBLE, FUSED, KNOWLEDGE, LABELS, NETWORK, TEACHER, logged
+from ffl_jax.training import metrics, steps
 
-SHAPE, CLASSES, BATCH = (8, 8, 3), 10, 8
-# kind -> (networks in turn, stages on a shared trunk, execution, sub-networks beyond the fewest)
-KINDS = {
-    "shared": (("tiny",), 2, "loop", 0),
-    "shared and one more, vmapped": (("tiny",), 1, "vmap", 1),
-    "separate": (("tiny",), 0, "loop", 0),
-    "separate and one more, vmapped": (("tiny",), 0, "vmap", 1),
-    "mixed": (("tiny", "tiny_wide"), 0, "loop", 1),
-}
-
-
-def configuration(name, kind):
-    """The configuration of a method on one kind of sub-networks: two and three, where it can do with two."""
-    networks, shared_stages, execution, more = KINDS[kind]
-    config = common.get_config(f"method={name},network=tiny")
-    num = max(2, methods.METHODS[name].num[0]) + more
-    if methods.METHODS[name].num[1] == 1 and len(networks) == 1:
-        num = 1
-    names = "tiny" if len(networks) == 1 else "+".join((networks * num)[:num])
-    config.subnetworks = ml_collections.ConfigDict(
-        {"network": names, "num": num, "shared_stages": shared_stages, "execution": execution}
-    )
-    if "teachers" in config:
-        config.teachers.update({"network": "tiny+tiny_wide", "num": 2})
-    return config
-
-
-def refusal(name, kind) -> str:
-    """The reason that a method gives against a kind of sub-networks, empty if it runs on it."""
-    method = methods.METHODS[name]
-    if len(KINDS[kind][0]) > 1:
-        return method.refuses_mixed or ("sub-network" if method.num[1] == 1 else method.needs_trunk)
-    return method.refuses_trunk if KINDS[kind][1] else method.needs_trunk
-
-
-ALL = [(name, kind) for name in methods.METHODS for kind in KINDS]
-FIRST_KINDS = {name: kind for name, kind in reversed(ALL) if not refusal(name, kind)}  # of each method
-# What runs on different networks need not run on equal ones as well, but for several of them by vmap.
+BATCH = 8
+# What runs on the second kind need not run on the first as well.
+COVERED = {"separate": "mixed", "separate and one more, vmapped": "shared and one more, vmapped"}
 RUN = [
     (name, kind)
     for name, kind in ALL
-    if not refusal(name, kind) and (kind != "separate" or refusal(name, "mixed"))
+    if not refusal(name, kind) and (kind not in COVERED or refusal(name, COVERED[kind]))
 ]
 
 
@@ -65,42 +30,22 @@ def test_refuses_what_it_cannot_do_and_says_why(name, kind):
         methods.build(configuration(name, kind), CLASSES)
 
 
-class Setup:
-    """One method on one kind of sub-networks, and its first steps."""
+class Setup(Training):
+    """One method on one kind of sub-networks, with its steps compiled and counted."""
 
     def __init__(self, name, kind):
-        self.config = configuration(name, kind)
-        self.method = methods.build(self.config, CLASSES)
-        key = jax.random.key(0)
-        shapes, _ = jax.eval_shape(lambda: steps.init_variables(self.method, key, SHAPE))
-        self.optimizers = optimizers.make_optimizers(
-            self.method.trains, shapes, self.config.optimizer, self.config.optimizer_rules, 2, 300
-        )
+        config = configuration(name, kind)
+        super().__init__(methods.build(config, CLASSES), config)
         self.traces = 0
         self.train_step = jax.jit(self._train_step)
-        self.state = draw_state(self.method, self.optimizers, SHAPE)
         self.evaluate = jax.jit(self._evaluate)
-        rng = np.random.default_rng(0)
-        self.batch = {
-            "image": jnp.asarray(rng.normal(size=(BATCH, *SHAPE)), jnp.float32),
-            "label": jnp.asarray(rng.integers(CLASSES, size=BATCH), jnp.int32),
-        }
-
-    def views(self, images=None):
-        """The batch, or one of other images, with a view for each sub-network if the method asks so."""
-        images = self.batch["image"] if images is None else images
-        if self.method.views:
-            images = jnp.stack([images + 0.1 * k for k in range(self.method.subnetworks.num)])
-        return self.batch | {"image": images}
 
     def train(self, state):
-        return self.train_step(state, self.views())
+        return self.train_step(state, self.batch(BATCH))
 
     def _train_step(self, state, batch):
         self.traces += 1
-        return steps.train_step(
-            state, batch, method=self.method, optimizers=self.optimizers, steps_per_epoch=2
-        )
+        return self.step(state, batch)
 
     def _evaluate(self, variables, batch):
         """All that the tests look at in evaluation mode, in one program."""
@@ -109,9 +54,9 @@ class Setup:
         for name in method.network_names():
             network, alone = method.extract(variables, name)
             taken_out[name] = network.apply(alone, batch["image"], train=False).logits
-        objectives = method.objectives(outputs, batch["label"], jnp.float32(1))
+        scalars, terms = method.objectives(outputs, batch["label"], jnp.float32(1))
         sums = steps.eval_step(variables, batch | {"weight": jnp.ones(BATCH)}, method=method)
-        return objectives, method.predictions(outputs), taken_out, sums
+        return (scalars, logged(terms)), method.predictions(outputs), taken_out, sums
 
 
 @pytest.fixture(scope="module", params=RUN, ids=" ".join)
@@ -130,7 +75,7 @@ def trained(setup):
 @pytest.fixture(scope="module")
 def evaluated(setup, trained):
     """(objectives and terms, predictions, logits of the networks taken out, sums of scores)."""
-    return setup.evaluate({"params": trained.params, **trained.model_state}, setup.batch)
+    return setup.evaluate({"params": trained.params, **trained.model_state}, draw_batch(BATCH))
 
 
 def test_many_steps_compile_once(setup, trained):
@@ -140,7 +85,7 @@ def test_many_steps_compile_once(setup, trained):
 
 def test_no_gradient_of_a_convolution_is_left_to_xla(setup, trained):
     """Those of another layout its CPU backend computes by plain loops within a `while_loop`."""
-    program = setup.train_step.trace(trained, setup.views()).jaxpr
+    program = setup.train_step.trace(trained, setup.batch(BATCH)).jaxpr
     layouts = {
         equation.params["dimension_numbers"]
         for equation in equations(program.jaxpr)
@@ -158,6 +103,19 @@ def test_the_state_keeps_its_form(setup, trained):
         return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
 
     assert forms(trained) == forms(setup.state)
+
+
+def test_predictions_and_terms_say_what_they_are(setup, evaluated):
+    """A network has the form of one of the sub-networks."""
+    roles, logits, method = setup.method.roles(), evaluated[1], setup.method
+    assert roles.keys() == logits.keys()
+    for name, role in roles.items():
+        assert role.kind in (NETWORK, ENSEMBLE, FUSED, TEACHER)
+        assert (role.network is not None) == (role.kind == NETWORK) == (name in method.network_names())
+    state = setup.state
+    for name, term in steps.terms(method, state.params, state.model_state, SHAPE).items():
+        assert term.kind in ("", LABELS, KNOWLEDGE), name
+        assert name.endswith(f"/{term.learner}") or not term.learner
 
 
 def test_objectives_are_finite_and_named_as_in_trains(setup, trained, evaluated):

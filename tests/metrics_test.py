@@ -89,6 +89,18 @@ def test_calibration_bins():
     assert actual["ece"] == pytest.approx(np.abs(correct - confidence).mean(), rel=1e-5)
 
 
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below():
+    """Bins are (b / 15, (b + 1) / 15]: Guo et al., 2017, sec. 2. Two classes, float32 near the edges."""
+    edges = np.arange(8, 15) / 15
+    logits = (np.log(edges / (1 - edges)) + np.arange(-40, 41)[:, None] / 1e7).astype(np.float32)
+    rows = np.stack([logits.ravel(), np.zeros(logits.size, np.float32)], -1)[:, None]
+    one_by_one = jax.jit(jax.vmap(metrics.classification_sums, (0, None)))
+    sums = jax.device_get(one_by_one(rows, np.zeros(1, int)))
+    places = sums["bin_confidence"].sum(-1) * np.float32(15)
+    assert len(set(places) & set(range(8, 15))) >= 3  # on an edge to the bit; rounding leaves some edges out
+    np.testing.assert_array_equal(sums["bin_count"].argmax(-1), np.ceil(places) - 1)
+
+
 def test_padding_counts_nothing():
     logits, labels = draw(3, 40, 10)
     weights = np.float32(np.arange(40) < 27)

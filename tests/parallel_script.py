@@ -10,61 +10,38 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import draw_state
-from method_test import FIRST_KINDS, configuration
+from harness import CLASSES, FIRST_KINDS, Training, configuration, in_float64
 
 from configs import digits
 from ffl_jax import methods
 from ffl_jax.devices import parallel
-from ffl_jax.training import optimizers, steps
 
-IMAGE_SHAPE = (8, 8, 3)
 # (shares of the batch, devices for the sub-networks)
 LAYOUTS = ((2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (8, 1), (1, 8), (2, 4))
 
 
-def in_float64(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
-
-
 class Steps:
-    """The training step of a method in float64, and batches for it."""
+    """The training steps of a method in float64, on several devices, and batches for them."""
 
-    def __init__(self, method, config, num_steps):
-        self.method = method
-        key = jax.random.key(0)
-        params, _ = jax.eval_shape(lambda: steps.init_variables(method, key, IMAGE_SHAPE))
-        self.optimizers = optimizers.make_optimizers(
-            method.trains, params, config.optimizer, config.optimizer_rules, steps_per_epoch=2, epochs=20
-        )
-        self.start = in_float64(draw_state(method, self.optimizers, IMAGE_SHAPE))
-        self.views = (method.subnetworks.num,) if method.views else ()
-        rng = np.random.default_rng(0)
-        images = rng.normal(size=(num_steps, 16, *self.views, *IMAGE_SHAPE))
-        labels = rng.integers(10, size=(num_steps, 16)).astype(np.int32)
-        self.batches = list(zip(images, labels, strict=True))
+    def __init__(self, config, num_steps):
+        self.made = Training(methods.build(config, CLASSES), config)
+        self.start = in_float64(self.made.state)
+        self.batches = [self.made.batch(16, seed) for seed in range(num_steps)]
+        if self.made.method.views:  # devices share the first axis
+            self.batches = [one | {"image": jnp.moveaxis(one["image"], 0, 1)} for one in self.batches]
 
-    def step(self, state, images, labels):
-        images = parallel.share(images)
-        batch = {
-            "image": jnp.moveaxis(images, 1, 0) if self.views else images,
-            "label": parallel.share(labels),
-        }
-        return in_float64(
-            steps.train_step(state, batch, method=self.method, optimizers=self.optimizers, steps_per_epoch=2)
-        )
+    def step(self, state, batch):
+        batch = jax.tree.map(parallel.share, batch)
+        if self.made.method.views:
+            batch["image"] = jnp.moveaxis(batch["image"], 1, 0)
+        return in_float64(self.made.step(state, batch))
 
-    def trained(self, runner, start=None):
+    def trained(self, runner, starts=None):
         """All that is trained or logged, on the devices."""
-
-        def program(state, images, labels):
-            return runner.for_seeds(lambda state: self.step(state, images, labels))(state)
-
-        kinds = (parallel.OWN, parallel.SHARED, parallel.SHARED)
-        program = runner.map(program, kinds, 0, donate_argnums=(0,))
-        state = runner.place(self.start if start is None else start, parallel.OWN)
+        program = runner.map(self.step, (parallel.OWN, parallel.SHARED), 0, donate=(0,))
+        state = runner.place_runs(starts or [self.start])
         for batch in self.batches:
-            state = program(state, *runner.place(batch))
+            state = program(state, runner.place(batch))
         return state.params, state.model_state, state.opt_state, state.record
 
 
@@ -92,7 +69,7 @@ def every_method():
     results = {}
     for name in methods.METHODS:
         config = configured(name)
-        made = Steps(methods.build(config, 10), config, 2)
+        made = Steps(config, 2)
         for devices in (1, 8):
             subnetworks = 2 if devices == 8 and config.subnetworks.num > 1 else 1
             runner = parallel.Parallel("shard_map", devices, subnetworks)
@@ -103,7 +80,7 @@ def every_method():
 def ffl():
     """{"MODE DEVICES LEAF": array} of FFL after four steps."""
     config = digits.get_config("network=tiny")
-    made = Steps(methods.build(config, 10), config, 4)
+    made = Steps(config, 4)
     results = {}
     for mode in parallel.MODES:
         for devices in (1, 2, 4, 8) if mode == "pmap" else (1, 8):
@@ -119,15 +96,13 @@ def ffl():
             results |= numbers(f"{mode} {devices}", runner.fetch(trained))
     # Two runs, of which the second begins elsewhere, on 2 shares x 2 for the runs x 2 for the sub-networks.
     other = made.start.replace(params=jax.tree.map(lambda x: 1.1 * x, made.start.params))
-    both = jax.tree.map(lambda *x: jnp.stack(x), made.start, other)
     runner = parallel.Parallel("shard_map", 8, subnetworks=2, seeds=2, num_seeds=2)
-    placed = made.trained(runner, both)
+    placed = made.trained(runner, [made.start, other])
     branch = jax.tree.leaves(placed[0]["subnetworks"]["branches"])[0]
     assert branch.addressable_shards[0].data.shape[:2] == (1, 1), "each device has one network of one run"
-    trained = runner.fetch(placed)
-    results |= numbers("mesh 8", jax.tree.map(lambda x: x[0], trained))
-    results |= numbers("mesh_second 8", jax.tree.map(lambda x: x[1], trained))
-    results |= numbers("second 1", made.trained(parallel.Parallel("shard_map", 1), other))
+    for name, one in zip(("mesh", "mesh_second"), runner.fetch_runs(placed), strict=True):
+        results |= numbers(f"{name} 8", one)
+    results |= numbers("second 1", made.trained(parallel.Parallel("shard_map", 1), [other]))
     return results
 
 
@@ -141,7 +116,7 @@ def matrix():
             least = methods.METHODS[name].num[0]
             if num < least:
                 continue
-            made = Steps(methods.build(config, 10), config, 2)
+            made = Steps(config, 2)
             alone = jax.device_get(made.trained(parallel.Parallel("shard_map", 1)))
             for shares, spread in LAYOUTS:
                 if spread > 1 and spread != config.subnetworks.num:

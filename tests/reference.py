@@ -1,16 +1,16 @@
 """Losses, their gradients by the logits, and a step of SGD: NumPy in float64, from the formulas."""
 
-import functools
 from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import draw_variables
+from harness import Training
 
 from configs import common
 from ffl_jax import methods
-from ffl_jax.training import optimizers, steps
+from ffl_jax.methods.base import logged
 
 SHAPE, BATCH, CLASSES = (8, 8, 3), 4, 3
 LABELS = np.array([0, 2, 1, 1])
@@ -73,26 +73,8 @@ def slopes(loss, tree):
 
 def first_state(method, config, params, model_state, image_shape=SHAPE, steps_per_epoch=10):
     """(the first `TrainState` with these variables, the step: (state, batch) -> state, not compiled)."""
-    made = optimizers.make_optimizers(
-        method.trains,
-        params,
-        config.optimizer,
-        config.optimizer_rules,
-        steps_per_epoch,
-        config.epochs,
-    )
-    state = steps.TrainState(
-        step=jnp.int32(0),
-        params=params,
-        model_state=model_state,
-        opt_state={name: optimizer.init(params) for name, optimizer in made.items()},
-        rng=jax.random.key(0),
-        record=steps.zero_record(method, params, model_state, image_shape),
-    )
-    step = functools.partial(
-        steps.train_step, method=method, optimizers=made, steps_per_epoch=steps_per_epoch
-    )
-    return state, step
+    made = Training(method, config, image_shape, steps_per_epoch, (params, model_state))
+    return made.state, made.step
 
 
 class Step:
@@ -137,7 +119,7 @@ class Step:
 
         def terms(params):
             epoch = jnp.asarray(EPOCH)
-            return self.method.objectives(self._forward(params), self.batch["label"], epoch)[1]
+            return logged(self.method.objectives(self._forward(params), self.batch["label"], epoch)[1])
 
         return term_gradients(terms, self.params)
 
@@ -168,7 +150,7 @@ def loss_and_gradients(method, outputs: dict[str, np.ndarray], epoch: float = EP
     def run(outputs):
         def loss(outputs):
             scalars, terms = method.objectives(outputs, jnp.asarray(LABELS), jnp.asarray(epoch))
-            return scalars["loss"], terms
+            return scalars["loss"], logged(terms)
 
         return jax.value_and_grad(loss, has_aux=True)(outputs)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ffl_jax.data import resident
+from ffl_jax.data import augment, resident
 
 SETTINGS = ConfigDict(
     {"pad": 2, "pad_mode": "reflect", "flip": True, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
@@ -107,6 +107,27 @@ def test_train_batch_depends_on_seed_epoch_and_example_alone():
     for other in (batch(range(12), seed=1), batch(range(12), epoch=1)):
         changed = [not np.array_equal(x, y) for x, y in zip(other["image"], first["image"], strict=True)]
         assert sum(changed) > 8  # of 50 draws two are equal by chance only
+
+
+def test_initialisation_order_and_augmentation_draw_from_keys_apart():
+    """None may be drawn from the key of another: networks begin from (parts of) `jax.random.key(seed)`."""
+    seed, epoch, images = 3, 5, make_split(40)[0]
+    initial = jax.random.key(seed)
+    of_order = jax.random.fold_in(jax.random.fold_in(initial, 0xDA7A), epoch)
+    order = epoch_order(seed, epoch, 40, 40).ravel()
+    np.testing.assert_array_equal(order, jax.random.permutation(of_order, 40))
+    augmented = resident.augmented(images, np.arange(40), seed, epoch, SETTINGS)
+
+    def drawn_from(key):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(40))
+        return augment.normalize(augment.pad_crop_flip(images, keys, 2, True), SETTINGS.mean, SETTINGS.std)
+
+    np.testing.assert_array_equal(augmented, drawn_from(jax.random.fold_in(of_order, 1)))
+    for other in (*jax.random.split(initial), initial):
+        for key in (other, jax.random.fold_in(other, epoch), of_order):
+            if key is not of_order:
+                assert not np.array_equal(order, jax.random.permutation(key, 40))
+            assert not np.array_equal(augmented, drawn_from(key))
 
 
 def test_train_batch_augments_every_example_by_itself():
