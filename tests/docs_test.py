@@ -1,5 +1,6 @@
 """Every command, program and link in the README and in docs/ works; long trainings are stood in for."""
 
+import ast
 import importlib
 import json
 import re
@@ -16,7 +17,7 @@ from PIL import Image
 from sklearn import datasets
 
 from configs import digits
-from ffl_jax import data, deployment, sweep
+from ffl_jax import data, deployment
 from ffl_jax.data.base import SOURCES
 from ffl_jax.devices import parallel
 from ffl_jax.errors import CheckpointError
@@ -24,8 +25,9 @@ from ffl_jax.measure import speed
 from ffl_jax.methods import METHODS
 from ffl_jax.models import NETWORKS
 from ffl_jax.reporting import report, runs
-from ffl_jax.training import config, loop, steps
-from ffl_jax.workdir import outputs
+from ffl_jax.training import config, loop, steps, sweep
+from ffl_jax.workdir import files
+from ffl_jax.workdir.log import read_metrics
 
 PAGES = sorted(path.relative_to(ROOT) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
 # What begins so is no command of this package: launch_test.py and CI run the scripts, and other people test
@@ -87,7 +89,7 @@ def user(one_run, tmp_path, monkeypatch):
             shutil.copytree(one_run, folder, dirs_exist_ok=True)
             about = {"method": settings.method.name, "seed": seed, "dataset": settings.data.name}
             summary = json.loads((folder / "summary.json").read_text()) | about
-            outputs.write_json(folder / "summary.json", summary)
+            files.write_json(folder / "summary.json", summary)
         return summary
 
     class NoBenchmark:
@@ -107,7 +109,7 @@ def user(one_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(report, "write", reported)  # report_test.py draws
     monkeypatch.setattr(loop, "train", trained)
-    monkeypatch.setattr(sweep, "_run", lambda words: run(f"python -m {shlex.join(words[2:])}") or 0)
+    monkeypatch.setattr(sweep, "run", lambda words: run(f"python -m {shlex.join(words[2:])}") or 0)
     monkeypatch.setattr(speed, "Benchmark", NoBenchmark)
 
     def run(line):
@@ -151,7 +153,7 @@ def test_the_worked_example(monkeypatch, tmp_path, capsys):
     both = re.findall(r"after epoch (\d+): the networks disagree on (\d+) of 360 images", text)
     assert [epoch for epoch, _ in both] == ["1", "2"]
     # What the run itself logged.
-    rows = outputs.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    rows, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
     logged = [360 * row["diversity/disagreement"] for row in rows if row["split"] == "test"]
     np.testing.assert_allclose([int(count) for _, count in both], logged, atol=0.1)
     with Image.open(tmp_path / "disagreements.png") as image:
@@ -167,7 +169,8 @@ def test_links_lead_somewhere():
                 assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
         for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", text):
             if not target.startswith("http"):
-                headings = re.findall(r"^#+ (.*)", ((ROOT / page).parent / target).read_text(), re.M)
+                text = ((ROOT / page).parent / (target or page.name)).read_text()
+                headings = re.findall(r"^#+ (.*)", text, re.M)
                 slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
                 assert anchor in slugs, f"{page}: {target}#{anchor}"
 
@@ -175,6 +178,38 @@ def test_links_lead_somewhere():
 def test_every_page_can_be_found():
     text = (ROOT / "README.md").read_text()
     assert not [page for page in PAGES if page.name != "README.md" and f"docs/{page.name}" not in text]
+
+
+def test_files_that_are_named_are_there():
+    """In the repository or, where a page speaks of its rooms, in the package."""
+    named = {
+        name
+        for page in PAGES
+        for name in re.findall(r"`(\w[\w/]*/\w+\.(?:py|csv|sh|sbatch|yaml))`", (ROOT / page).read_text())
+        if not name.endswith(("/x.py", "/NAME.py", "/stripes.py"))  # a reader's own
+    }
+    assert not [name for name in named if not any((ROOT / top / name).exists() for top in ("", "ffl_jax"))]
+
+
+def test_rooms_import_only_from_below():
+    """The table of rooms has all of them, in an order that no module's imports go against."""
+    text = (ROOT / "docs/extending.md").read_text().partition("| room |")[2].partition("\n\n")[0]
+    row = {
+        name.removesuffix("/").removesuffix(".py"): number
+        for number, line in enumerate(text.splitlines())
+        for name in re.findall(r"`([\w/]+(?:/|\.py))`", line.split("|")[1] if number > 1 else "")
+    }
+    package = ROOT / "ffl_jax"
+    rooms = {path.stem for path in package.glob("[a-z]*") if path.is_dir() or path.suffix == ".py"}
+    assert set(row) == rooms
+    for path in package.rglob("*.py"):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.parse(path.read_text()).body if room != "__init__" else ():
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "ffl_jax":
+                inside = node.module.split(".")[1:2]
+                for name in inside or [alias.name for alias in node.names]:
+                    if name in row and name != room:
+                        assert row[name] >= row[room], f"{path}: {room} imports {name}"
 
 
 def test_the_smallest_method_is_shown_as_it_is():
