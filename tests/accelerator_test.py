@@ -46,12 +46,11 @@ def accelerator(tmp_path, monkeypatch):
 
 
 def vmap_is_faster(monkeypatch, timed=False):
-    """What `settle` is told; `timed` if both ways shall run for it all the same. Returns what ran."""
+    """What `settle` is told, of how many seeds; `timed` if both ways shall run for it all the same."""
     ran, measure = [], vectorize.measure
 
     def measured(experiment, devices):
-        if timed:
-            ran.append(measure(experiment, devices))
+        ran.append(measure(experiment, devices) if timed else devices.num_seeds)
         return {"loop": 2.0, "vmap": 1.0}
 
     monkeypatch.setattr(timing, "_BLOCKS", 1)
@@ -64,12 +63,13 @@ def vmap_is_faster(monkeypatch, timed=False):
     ("method", "num_seeds"), [(name, 1 + index % 2) for index, name in enumerate(methods.METHODS)]
 )
 def test_every_method_trains_and_is_evaluated(method, num_seeds, tmp_path, monkeypatch):
-    vmap_is_faster(monkeypatch)
+    asked = vmap_is_faster(monkeypatch)
     # What it costs is counted on the plain program, as everywhere.
     monkeypatch.setattr(cost, "training_flops", lambda experiment: 1.0)
     monkeypatch.setattr(cost, "prediction_costs", lambda method, *_: {name: {} for name in method.roles()})
     summary = loop.train(configuration(method, num_seeds), tmp_path / "run", dataset())
     assert summary["status"] == "completed"
+    assert asked == ([num_seeds] if len(summary["networks"]) > 1 else [])
     scores = np.array([one["nll"] for one in summary["predictors"].values()])
     assert scores.shape == (len(summary["predictors"]), *([2] if num_seeds == 2 else []))
     assert np.isfinite(scores).all()

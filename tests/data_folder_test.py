@@ -243,7 +243,7 @@ def test_cmyk_jpeg_becomes_rgb(inks, expected):
     inverted = encode(Image.new("CMYK", (8, 8), tuple(255 - ink for ink in inks)), "JPEG", quality=100)
     for encoded in (adobe, jpeg_without_adobe(inverted)):
         decoded = base.decode_image(encoded).astype(int)
-        np.testing.assert_allclose(decoded, np.broadcast_to(expected, (8, 8, 3)), atol=3)
+        np.testing.assert_allclose(decoded, np.broadcast_to(expected, (8, 8, 3)), atol=1)
 
 
 def test_other_formats_under_a_wrong_name_become_rgb():
@@ -280,14 +280,14 @@ def test_exif_orientation_is_applied(orientation):
     shown = base.decode_image(encode(stored, "JPEG", exif=exif, quality=100, subsampling=0)).astype(int)
     assert shown.shape == ((32, 16, 3) if orientation >= 5 else (16, 32, 3))
     seen = [shown[row, column] for row in (3, -4) for column in (3, -4)]
-    np.testing.assert_allclose(seen, [colours[corner] for corner in ORIENTATIONS[orientation]], atol=5)
+    np.testing.assert_allclose(seen, [colours[corner] for corner in ORIENTATIONS[orientation]], atol=1)
 
 
 @pytest.mark.parametrize("exif", [b"no TIFF header", b"II*\0"])
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
 def test_broken_exif_does_not_matter(file_format, exif):
     encoded = encode(Image.new("RGB", (8, 8), GREY), file_format, exif=b"Exif\0\0" + exif)
-    np.testing.assert_allclose(base.decode_image(encoded)[4, 4].astype(int), GREY, atol=3)
+    np.testing.assert_allclose(base.decode_image(encoded)[4, 4].astype(int), GREY, atol=1)
 
 
 def damage(root, kind):

@@ -155,7 +155,7 @@ def test_the_worked_example(monkeypatch, tmp_path, capsys):
     # What the run itself logged.
     rows, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
     logged = [360 * row["diversity/disagreement"] for row in rows if row["split"] == "test"]
-    np.testing.assert_allclose([int(count) for _, count in both], logged, atol=0.1)
+    np.testing.assert_allclose([int(count) for _, count in both], logged, atol=1e-6)
     with Image.open(tmp_path / "disagreements.png") as image:
         assert image.width > 1000
 

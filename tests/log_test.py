@@ -63,8 +63,6 @@ def test_lost_and_damaged_metrics_are_said(tmp_path, caplog):
         b'{"split": "test"}',
         b'{"epoch": 1.0, "split": 3}',
         b'{"epoch": NaN, "split": "test"}',
-        b'{"epoch": 1.0, "split": "test", "sub_0/top1": "good"}',
-        b'{"epoch": 1.0, "split": "test", "sub_0/top1": null}',
         b'{"epoch": 1.0, "split": "test", "sub_0/top1": 1' + b"0" * 400 + b"}",
     ],
 )
@@ -74,6 +72,14 @@ def test_damaged_lines_are_counted_and_left_out(tmp_path, line):
     rows, damaged = read_metrics(tmp_path / "metrics.jsonl")
     assert rows == 2 * [{"step": 1, "epoch": 1.0, "split": "train", "loss": float("inf")}]
     assert damaged == 1
+
+
+@pytest.mark.parametrize("value", ['"good"', "null", "[0.5]"])
+def test_what_is_no_number_is_left_out_of_its_row(tmp_path, value):
+    """The others of the row count all the same, as in curves of runs that other programs have written to."""
+    line = f'{{"epoch": 1, "split": "test", "sub_0/top1": {value}, "sub_1/top1": 0.5}}\n'
+    (tmp_path / "metrics.jsonl").write_text(line)
+    assert read_metrics(tmp_path / "metrics.jsonl") == ([{"split": "test", "epoch": 1, "sub_1/top1": 0.5}], 0)
 
 
 def events(folder):

@@ -155,6 +155,23 @@ def test_stopped_and_killed_seeds_continue_with_the_same_bits(joint, tmp_path, m
         loop.train(configuration(), tmp_path)
 
 
+def test_vectorized_seeds_give_the_same_numbers(tmp_path):
+    """In the first two steps; rounding grows in those that follow."""
+    settings = {"epochs": 1, "log_every_steps": 2, "subnetworks.execution": "loop"}
+    with backend.as_accelerator():
+        loop.train(configuration(**settings), tmp_path / "joint")
+    for seed in SEEDS:
+        loop.train(configuration(1, seed, **settings), tmp_path / str(seed))
+        line, expected = (
+            read_metrics(tmp_path / one / "metrics.jsonl")[0][0] for one in (f"joint/seed_{seed}", str(seed))
+        )
+        assert line.keys() == expected.keys()
+        assert line["step"] == 2
+        for name in line.keys() - {"split"}:
+            atol = 2 / 500 if name.endswith(("top1", "top5", "ece")) else 1e-4
+            np.testing.assert_allclose(line[name], expected[name], rtol=1e-3, atol=atol, err_msg=name)
+
+
 def test_vectorized_step_in_float64():
     """Two states and two batches at once, and one after the other."""
     experiment = Experiment(configuration(1), data.load(digits.get_config().data))

@@ -31,7 +31,7 @@ def lines(
       as_json: {"path": …, "classes": [{"name": …, "index": …, "probability": …}, …]}; else a table.
     """
     paths = list(_paths(arguments, refuse))
-    wide = max(map(len, (*paths, "image")))
+    wide, class_wide = max(map(len, (*paths, "image"))), max(map(len, model.class_names))
     if not as_json:
         yield f"{'image':{wide}}  classes, the most probable first"
     size = min(batch_size, len(paths))
@@ -46,7 +46,7 @@ def lines(
                 if as_json:
                     yield _json(model, path, probabilities, chosen)
                 else:
-                    yield f"{path:{wide}}  {_row(model, probabilities, chosen)}"
+                    yield f"{path:{wide}}  {_row(model, class_wide, probabilities, chosen)}"
         _progress(start + size, len(paths))
 
 
@@ -77,8 +77,7 @@ def _read(model, path, refuse) -> np.ndarray | None:
     return None
 
 
-def _row(model, probabilities, chosen):
-    wide = max(map(len, model.class_names))
+def _row(model, wide, probabilities, chosen):
     return "  ".join(f"{model.class_names[k]:{wide}} {100 * probabilities[k]:6.2f} %" for k in chosen)
 
 

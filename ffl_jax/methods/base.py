@@ -49,6 +49,21 @@ def logged(terms: dict[str, Term | jax.Array]) -> dict[str, jax.Array]:
     return {name: term.value if isinstance(term, Term) else term for name, term in terms.items()}
 
 
+def parameter_mask(variables: dict, averages: Sequence[str] = ()) -> dict:
+    """A tree like `variables` that says of each leaf whether it is a parameter, or an average of one.
+
+    Args:
+      variables: {"params": …, kind of model state: …}, of a method or a network.
+      averages: of a method, see there.
+    """
+    return {
+        kind: parameter_mask(tree)
+        if kind in averages
+        else jax.tree.map(lambda _, yes=kind == "params": yes, tree)
+        for kind, tree in variables.items()
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Role:
     """What a prediction is.
@@ -199,15 +214,6 @@ class Method(nn.Module):
         k = self.roles()[name].network
         joint = {kind: tree["subnetworks"] for kind, tree in variables.items() if "subnetworks" in tree}
         return self.subnetworks.member(k), self.subnetworks.extract(joint, k)
-
-    def parameter_mask(self, variables: dict) -> dict:
-        """A tree like `variables` that says of each leaf whether it is a parameter, or an average of one."""
-        return {
-            kind: self.parameter_mask(tree)
-            if kind in self.averages
-            else jax.tree.map(lambda _, kind=kind: kind == "params", tree)
-            for kind, tree in variables.items()
-        }
 
     def after_step(self, params: dict, model_state: dict, step: jax.Array) -> dict:
         """Pure. The model state to keep after a step: for averages of the parameters.

@@ -10,6 +10,7 @@ from jax.interpreters import partial_eval
 
 from ffl_jax.data import Split
 from ffl_jax.devices import backend
+from ffl_jax.methods.base import parameter_mask
 from ffl_jax.methods.subnetworks import vectorized
 from ffl_jax.training import steps
 
@@ -31,7 +32,7 @@ def prediction_costs(method, variables, image_shape) -> dict[str, dict[str, int]
     def predictions(variables, images):
         return method.predictions(method.apply(variables, images, train=False))
 
-    costs, networks, mask = {}, {}, method.parameter_mask(variables)
+    costs, networks, mask = {}, {}, parameter_mask(variables, method.averages)
     for prediction in jax.eval_shape(predictions, variables, images):
         if prediction in method.network_names():
             # Alone, since slicing stacked parameters looks like a use of all K copies; and each network once.
@@ -59,9 +60,7 @@ def _network(method, variables, prediction):
 
 
 def _network_cost(network, variables, images):
-    mask = {
-        kind: jax.tree.map(lambda _, kind=kind: kind == "params", tree) for kind, tree in variables.items()
-    }
+    mask = parameter_mask(variables)
     return _cost(lambda *given: network.apply(*given, train=False).logits, variables, mask, images)
 
 

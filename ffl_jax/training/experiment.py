@@ -91,6 +91,7 @@ class Experiment:
         """Its shapes and types."""
         return self._abstract_state
 
+    @functools.cached_property
     def terms(self) -> dict:
         """{name: `Term` with a shape for a value} of all that a step logs."""
         return steps.terms(self.method, *self._abstract_variables, self.image_shape)
@@ -156,6 +157,7 @@ def run_record(experiment: Experiment, devices: int = 1, **about) -> dict:
     """
     dataset = experiment.dataset
     new = {"best": None, "evaluated_step": -1, "scores": {}, "metrics_bytes": 0, "seconds": 0.0}
+    assert about.keys() <= new.keys(), about.keys() - new.keys()
     return {
         "format": RUN_FORMAT,
         "config": config_lib.to_json(experiment.config),

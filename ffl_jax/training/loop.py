@@ -109,6 +109,7 @@ class Loop:
         raise preemption.stop(self.step)
 
     def write_summary(self, status: str) -> dict:
+        """See `Runs.write_summary`: at this step, with the speeds that were seen."""
         self.runs.stop_watch()
         speeds = {
             "images_per_second": self.progress.images_per_second,
@@ -123,7 +124,6 @@ class Loop:
             settings, keep = config_lib.to_json(run.experiment.config), config.checkpoint.keep
             best = dataset.validation is not None
             stack.enter_context(run.folder.open(settings, self.step, run.log_bytes, keep, best))
-        # Closed before the folders, so that no worker outlives the lock.
         self.inputs = data.train_input(dataset.train, config, self.parallel, method.num_views)
         stack.callback(self.inputs.close)
         self.batches = None
@@ -134,7 +134,6 @@ class Loop:
             for name, split in (("validation", dataset.validation), ("test", dataset.test))
             if split is not None
         }
-        self.terms = self.experiment.terms()
 
     def loop(self, state):
         """What is due, then some steps, until the end or a signal; the last state is being saved then."""
@@ -269,7 +268,8 @@ class Loop:
     def tell(self, run: Run, epoch: float):
         """Logs what has begun to look wrong since the last evaluation, and draws the curves."""
         method, test, rows = self.experiment.method, run.scores["test"], run.folder.log.rows
-        knowledge = [name for name, term in self.terms.items() if term.kind == KNOWLEDGE]
+        terms = {name: (term.kind, term.learner) for name, term in self.experiment.terms.items()}
+        knowledge = [name for name, (kind, _) in terms.items() if kind == KNOWLEDGE]
         found = alarms.identical(method.subnetwork_names(), test["diversity"])
         found |= alarms.growing(rows, method.num_classes, knowledge)
         for name in sorted(found.keys() - run.alarms):
@@ -277,7 +277,6 @@ class Loop:
         run.alarms = frozenset(found)
         config = self.config
         title = f"{config.method.name} · {config.subnetworks.network} · {config.data.name}"
-        terms = {name: (term.kind, term.learner) for name, term in self.terms.items()}
         path = run.folder.path / "curves.png"
         curves.draw_curves(path, rows, title, method.headline, list(test["predictions"]), terms)
 

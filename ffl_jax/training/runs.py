@@ -120,6 +120,7 @@ class Runs:
         return min(run.evaluated_step for run in self)
 
     def are_complete(self, step: int) -> bool:
+        """Whether this is the last step, and all runs have evaluated it."""
         return step >= self.experiment.total_steps and all(run.evaluated_step == step for run in self)
 
     def newest_step(self) -> int | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ffl_jax.devices import parallel
-from ffl_jax.methods.base import Term, logged
+from ffl_jax.methods.base import Term, logged, parameter_mask
 from ffl_jax.training import metrics
 
 PRECISIONS = ("float32", "bfloat16")
@@ -79,7 +79,7 @@ def apply(method, variables, images, precision: str = "float32", **options):
     def cast(x, dtype=precision):
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    is_parameter = method.parameter_mask(variables)
+    is_parameter = parameter_mask(variables, method.averages)
     seen = jax.tree.map(lambda yes, x: cast(x) if yes else x, is_parameter, variables)
     result = method.apply(seen, cast(images), **options)
     if "mutable" not in options:

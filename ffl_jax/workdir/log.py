@@ -116,8 +116,8 @@ def start_wandb(project: str, workdir: Path, config: dict):
 def read_metrics(path: Path) -> tuple[list[dict], int]:
     """The rows of a `metrics.jsonl`, whatever it holds, and how many of its lines are damaged.
 
-    A row has a string `split` and a finite `epoch`; all else is numbers too. A last line without its end is
-    still being written: it is not among the rows, and is no damage.
+    A row has a string `split`, a finite `epoch`, and other numbers; what is none is left out of it. A last
+    line without its end is still being written: it is not among the rows, and is no damage.
 
     Raises:
       OSError: the file is missing or cannot be read.
@@ -129,7 +129,9 @@ def read_metrics(path: Path) -> tuple[list[dict], int]:
 
 def _row(line: str) -> dict | None:
     try:
-        row = {key: x if key == "split" else float(x) for key, x in json.loads(line).items()}
-        return row if isinstance(row["split"], str) and math.isfinite(row["epoch"]) else None
+        row = json.loads(line)
+        numbers = {key: float(x) for key, x in row.items() if isinstance(x, int | float)}
+        fine = isinstance(row["split"], str) and math.isfinite(numbers["epoch"])
+        return {"split": row["split"], **numbers} if fine else None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None

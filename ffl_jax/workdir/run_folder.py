@@ -62,7 +62,9 @@ class RunFolder:
         self._best.save(step, state, record)
 
     def read_summary(self) -> dict:
+        """What `write_summary` wrote; {} if it is missing or not ours."""
         return files.read_json(self.path / "summary.json")
 
     def write_summary(self, summary: dict):
+        """Writes `summary.json`, whole or not at all."""
         files.write_json(self.path / "summary.json", summary)
