@@ -75,4 +75,4 @@ def _value(flag, text):
 
 
 if __name__ == "__main__":
-    cli.run(command, huge_pages=True)
+    cli.run(command, huge_pages=True, answers=True)

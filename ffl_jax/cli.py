@@ -5,9 +5,11 @@ Light on imports, so that a mistyped flag and a signal are answered at once.
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +21,15 @@ from ffl_jax.errors import ConfigError, FFLError, Preempted, ResourceError
 from ffl_jax.registry import nearest
 from ffl_jax.workdir.paths import ROOT, programs_directory
 
+# What the system says of no path, but a user can act on.
 _OUT_OF_RESOURCES = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.EIO),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EIO,
 }
 
 
@@ -33,28 +41,83 @@ def new_flags() -> flags.FlagValues:
     return values
 
 
-def run(command: Callable[[list[str]], None], huge_pages: bool = False):
+class _Outlet(io.FileIO):
+    """Standard output or error that never fails: once it cannot be written, what is written goes nowhere.
+
+    Attributes:
+      error: of the first write that failed.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data) -> int:
+        written = None
+        try:
+            while self.error is None and (written := super().write(data)) is None:
+                time.sleep(0.01)  # Somebody made this pipe one that does not block, and its reader is slow.
+        except OSError as error:
+            self.error = error
+        return memoryview(data).nbytes if written is None else written
+
+
+def _secure_standard_files() -> _Outlet | None:
+    """Whoever has closed standard input, output or error, or stops reading, does not end a run.
+
+    Returns: standard output; None where something else has taken its place, a test perhaps.
+    """
+    if os.name != "posix":  # a console of Windows takes text, not bytes
+        return None
+    closed = []
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError as error:  # Else the next file that is opened takes its number, and what is printed.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            closed.append((descriptor, error))
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0)
+    if sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
+        return None
+    outlets = [_Outlet(descriptor, "wb", closefd=False) for descriptor in (1, 2)]
+    for descriptor, error in closed:
+        if descriptor:
+            outlets[descriptor - 1].error = error
+    encodings = [file.encoding if file else "utf-8" for file in (sys.stdout, sys.stderr)]
+    # A terminal may have no "±", and a file's name may be no text.
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.BufferedWriter(outlet), encoding, "backslashreplace", line_buffering=True)
+        for outlet, encoding in zip(outlets, encodings, strict=True)
+    )
+    return outlets[0]
+
+
+def run(command: Callable[[list[str]], None], huge_pages: bool = False, answers: bool = False):
     """Runs `command(arguments)` and ends the process with the contract's exit code.
 
-    Args: huge_pages: the command trains in this process; begins anew where that makes it faster.
+    Args:
+      huge_pages: the command trains in this process; begins anew where that makes it faster.
+      answers: what it prints is its work, so that a full disk under its output is an error. A reader who has
+        seen enough, `head` perhaps, is none.
     """
     if huge_pages:
         _use_huge_pages()
     _keep_programs()
-    if sys.stdout:  # A terminal may have no "±", and a file's name may be no text; stderr escapes by itself.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    output = _secure_standard_files()
     preemption.install()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for talkative in ("absl", "jax", "matplotlib", "tensorboardX"):  # Orbax and TFDS speak as absl
         logging.getLogger(talkative).setLevel(logging.WARNING)
-    debug = "--debug" in sys.argv
+    debug, code = "--debug" in sys.argv, 0
     try:
-        command(sys.argv)
-        print(end="", flush=True)
-        code = 0
-    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        try:
+            command(sys.argv)
+        except SystemExit:  # --help
+            answers = True
+        sys.stdout.flush()
+        if answers and output and output.error and output.error.errno != errno.EPIPE:
+            raise ResourceError(
+                f"standard output: {output.error.strerror}, so that the answer is lost: run it again."
+            )
     except Exception as error:
         refusal = _refusal(error)
         if refusal is None:
@@ -105,10 +168,11 @@ def _refusal(error: Exception) -> FFLError | None:
         return error
     if isinstance(error, flags.Error):
         return ConfigError(str(error))
-    if isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES:
-        return ResourceError(
-            f"{error.filename or 'disk'}: {error.strerror}; free space or make it accessible."
-        )
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _OUT_OF_RESOURCES):
+        path = error.filename2 or error.filename or "disk"
+        remedy = "free space" if error.errno in _OUT_OF_RESOURCES else "make it accessible, or name another"
+        path = os.fsdecode(path) if isinstance(path, bytes) else path
+        return ResourceError(f"{path}: {error.strerror}; {remedy}.")
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return ResourceError(
             f"out of memory: lower config.batch_size or config.evaluation.batch_size ({error})."

@@ -41,4 +41,4 @@ def _say(title: str, text: str):
 
 
 if __name__ == "__main__":
-    cli.run(command)
+    cli.run(command, answers=True)

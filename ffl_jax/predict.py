@@ -56,4 +56,4 @@ def command(argv: list[str]):
 
 
 if __name__ == "__main__":
-    cli.run(command)
+    cli.run(command, answers=True)

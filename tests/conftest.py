@@ -136,7 +136,7 @@ class Commands:
     """Starts `python -m ffl_jax.MODULE` and scripts, on the CPU, with caches that the tests share."""
 
     def __init__(self, cache: pathlib.Path):
-        self._environment = os.environ | {
+        self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -147,7 +147,7 @@ class Commands:
     def start(self, *command: str, devices: int = 1, cwd=None, env=None) -> subprocess.Popen:
         """Starts `python COMMAND` with that many devices; standard output and error are kept."""
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-        environment = self._environment | {"XLA_FLAGS": flags}
+        environment = self.environment | {"XLA_FLAGS": flags}
         return subprocess.Popen(
             [sys.executable, *map(str, command)],
             stdout=subprocess.PIPE,
