@@ -18,7 +18,6 @@ from absl import flags
 
 from ffl_jax.devices import preemption
 from ffl_jax.errors import ConfigError, FFLError, Preempted, ResourceError
-from ffl_jax.registry import nearest
 from ffl_jax.workdir.paths import ROOT, programs_directory
 
 # What the system says of no path, but a user can act on.
@@ -213,63 +212,29 @@ def parse(
 def _parse_config(values, argv):
     from ml_collections import config_flags
 
+    from ffl_jax.training import config as config_lib
+    from ffl_jax.training import config_file
+
     given = []
     for position in reversed(range(1, len(argv))):
         name, equals, value = argv[position].partition("=")
         if name == "--config":
             given.append(value if equals else "".join(argv[position + 1 : position + 2]))
             del argv[position : position + (1 if equals else 2)]
-    chosen = _resolve(given[0]) if given else str(ROOT / "configs" / "digits.py")
-    path = Path(chosen.split(":", 1)[0])
-    if not path.is_file():
-        # By their names: where this project lies must not decide what is near.
-        there = [f"configs/{file.name}" for file in (ROOT / "configs").glob("*.py") if file.stem != "common"]
-        raise ConfigError(f"no configuration file {path}: {nearest(f'configs/{path.name}', there)}")
-    folder = str(path.resolve().parent.parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # for `from configs import common`, from wherever the command is run
+    config = config_file.read(given[0] if given else str(ROOT / "configs" / "digits.py"))
     try:
-        # As the default, not as a flag: the overrides are defined anew for each, and absl refuses the second
-        # time.
-        config_flags.DEFINE_config_file("config", chosen, "", flag_values=values, sys_argv=argv)
-        return values(argv)
-    except (FFLError, flags.Error):
-        raise
-    except (AttributeError, KeyError, TypeError) as error:
-        raise _unknown_key(chosen, argv) or ConfigError(f"{path}: {error}") from error
-    except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{line.filename}:{line.lineno}"
-        raise ConfigError(f"{path}: {type(error).__name__}: {error} ({where})") from error
-
-
-def _resolve(chosen: str) -> str:
-    """`configs/x.py` works from any folder: what is not there is looked for beside the package."""
-    path, colon, presets = chosen.partition(":")
-    if not Path(path).exists() and (ROOT / path).exists():
-        path = str(ROOT / path)
-    return f"{path}{colon}{presets}"
-
-
-def _unknown_key(chosen: str, argv: list[str]) -> ConfigError | None:
-    """Names the first `--config.KEY` that the file does not have, with the nearest that it has."""
-    from importlib import util
-
-    from ffl_jax.training.config import flatten
-
-    path, _, presets = chosen.partition(":")
-    spec = util.spec_from_file_location("chosen_config", path)
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    known = flatten(module.get_config(presets or None).to_dict())
-    for argument in argv[1:]:
-        key = argument.split("=", 1)[0].removeprefix("--").removeprefix("no")
-        if key.startswith("config.") and (key := key.removeprefix("config.")) not in known:
-            last = key.rsplit(".", 1)[-1]
-            same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
-            hint = f"did you mean {' or '.join(same_name)}?" if same_name else nearest(key, known)
-            return ConfigError(f"unknown configuration key config.{key}: {hint}")
-    return None
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        rest = values(argv)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        known = config_lib.flatten(config.to_dict())
+        for argument in argv[1:]:
+            key = argument.split("=", 1)[0].removeprefix("--").removeprefix("no")
+            if key.startswith("config.") and (key := key.removeprefix("config.")) not in known:
+                hint = config_lib.nearest_key(key, known)
+                raise ConfigError(f"unknown configuration key config.{key}: {hint}") from error
+        raise ConfigError(str(error)) from error
+    config_lib.check_keys(values.config)
+    return rest
 
 
 def default_workdir(config) -> str:

@@ -14,6 +14,7 @@ from configs import cifar10, cifar100, common, digits
 from ffl_jax import methods
 from ffl_jax.errors import ConfigError
 from ffl_jax.training import config as config_lib
+from ffl_jax.training import defaults
 
 FOLDER = pathlib.Path(cifar100.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
@@ -299,7 +300,7 @@ def test_json_and_back(name):
 
 
 def test_flatten():
-    assert config_lib.flatten({"a": {"b": 1, "c": {"d": (2,)}}, "e": 3}) == {"a.b": 1, "a.c.d": (2,), "e": 3}
+    assert defaults.flatten({"a": {"b": 1, "c": {"d": (2,)}}, "e": 3}) == {"a.b": 1, "a.c.d": (2,), "e": 3}
 
 
 FREE = {
@@ -328,7 +329,7 @@ def test_fixed_part():
     """Every key but the free ones must stay when a run continues."""
     config = cifar100.get_config()
     expected = config_lib.fixed_part(config_lib.to_json(config))
-    for key, value in config_lib.flatten(config.to_dict()).items():
+    for key, value in defaults.flatten(config.to_dict()).items():
         other = cifar100.get_config()
         with other.unlocked(), other.ignore_type():
             other.update_from_flattened_dict({key: FREE.get(key, f"not {value}")})
@@ -364,7 +365,7 @@ def test_stretch_follows_in_proportion(epochs):
         7: (2.0, (3, 5), (1,)),
         1: (0.0, (), ()),
     }[epochs]
-    actual = config_lib.stretch(values, epochs, 300)
+    actual = defaults.stretch(values, epochs, 300)
     assert actual == {
         "rampup_epochs": expected[0],
         "every_epochs": 5,

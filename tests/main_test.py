@@ -47,6 +47,10 @@ def refused(monkeypatch, tmp_path):
         (["--config.subnetworks.num=1"], "FFL takes at least 2 sub-network(s), got 1"),
         (["--config.subnetworks.num=0"], "subnetworks.num must be at least 1, got 0"),
         (["--config.data.pad_mode=edge"], "config.data.pad_mode must be one of reflect, zero"),
+        (
+            ["--config.label_smoothing=0.1"],
+            "config.label_smoothing: known: accumulate, batch_size",
+        ),  # no typing error
         (["--config=configs/digits.py:recipe=mine"], "known: common, published"),
         (["--config.subnetworks.shared_stages=3"], "must be 0..2"),
         (["--config.parallel.mode=pjit"], "pmap, shard_map"),

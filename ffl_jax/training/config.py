@@ -1,7 +1,10 @@
 """Configurations: the domain of every value, and the way to JSON and back."""
 
+import collections
+import difflib
 import json
 import math
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
@@ -11,6 +14,7 @@ from ffl_jax.errors import ConfigError
 from ffl_jax.methods import subnetworks
 from ffl_jax.registry import check_choice
 from ffl_jax.training import optimizers
+from ffl_jax.training.defaults import every_key, flatten
 from ffl_jax.training.steps import PRECISIONS
 
 # Changing these does not change what is trained, so that a run may continue with another value.
@@ -18,15 +22,56 @@ FREE_KEYS = (
     *("epochs", "log_every_steps", "log_histograms", "wandb", "evaluation", "checkpoint", "parallel"),
 )
 FREE_DATA_KEYS = ("data_dir", "manual_dir", "cache_dir", "workers")
+# Numbers that cost time or memory before anything could be refused for its size.
+AT_MOST = {"subnetworks.num": 128, "teachers.num": 128, "teachers.generations": 128, "num_seeds": 1024}
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}
+
+
+def check_keys(config: ConfigDict):
+    """Raises ConfigError unless all keys of the method are there, no others, and each value has its type."""
+    values = flatten(config.to_dict())
+    method = values.get("method.name")
+    if not isinstance(method, str):
+        raise ConfigError(
+            f"config.method.name must name a method, got {method!r}: begin with common.get_config."
+        )
+    known = flatten(every_key(method).to_dict())
+    for key, default in known.items():
+        if key not in values:
+            raise ConfigError(
+                f"the configuration lacks config.{key}: begin with common.get_config, which sets every key."
+            )
+        fine = (int, float) if isinstance(default, float) else type(default)
+        if isinstance(values[key], bool) != isinstance(default, bool) or not isinstance(values[key], fine):
+            raise ConfigError(f"config.{key} must be {_KINDS[type(default)]}, got {values[key]!r}.")
+    for key in values.keys() - known.keys():
+        raise ConfigError(f"unknown configuration key config.{key}: {nearest_key(key, known)}")
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """A hint at the keys that a mistyped or misplaced one stands for, or the list of all.
+
+    Only typing errors are guessed at, whatever the section: `label_smoothing` is not `method.smoothing`.
+    """
+    places = collections.defaultdict(list)
+    for name in sorted(known):
+        places[name.rpartition(".")[2]].append(name)
+    last = key.rpartition(".")[2]
+    close = [last] if last in places else difflib.get_close_matches(last, places, cutoff=0.8)
+    names = [name for one in close for name in places[one]]
+    return f"did you mean {' or '.join(names)}?" if names else f"known: {', '.join(sorted(known))}."
 
 
 def check(config: ConfigDict):
     """Raises ConfigError, naming key, value and bound, for a value that no run can have."""
+    check_keys(config)
     values = flatten(config.to_dict())
     for key, value in values.items():
         numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, int | float)]
         if not all(math.isfinite(x) and x >= 0 for x in numbers):
             raise ConfigError(f"config.{key} must be finite and not negative, got {value}.")
+        if key != "seed" and any(x >= 2**31 for x in numbers if isinstance(x, int)):
+            raise ConfigError(f"config.{key} must be below 2^31, got {value}.")
     at_least = {
         "epochs": 1,
         "batch_size": 1,
@@ -43,6 +88,9 @@ def check(config: ConfigDict):
     for key, bound in at_least.items():
         if values.get(key, bound) < bound:
             raise ConfigError(f"config.{key} must be at least {bound}, got {values[key]}.")
+    for key, bound in AT_MOST.items():
+        if values.get(key, bound) > bound:
+            raise ConfigError(f"config.{key} must be at most {bound}, got {values[key]}.")
     if config.seed + config.num_seeds > 2**32:
         raise ConfigError(f"config.seed must be below 2^32, that of the last run too, got {config.seed}.")
     if values.get("method.temperature") == 0:
@@ -88,52 +136,22 @@ def teacher_names(config: ConfigDict) -> list[str]:
     return subnetworks.network_names(config.teachers.network, config.teachers.num, "teachers")
 
 
-def stretch(values: dict, epochs: int, standard: int) -> dict:
-    """Settings of a run of `standard` epochs for one of `epochs`: what counts epochs follows in proportion.
-
-    These are the keys that end in `_epochs`, at any depth, those in `optimizer_rules` included. Ramps and
-    warm-ups are rounded, decays fall at the beginning of a whole epoch.
-    """
-
-    def one(key, value):
-        if isinstance(value, dict):
-            return stretch(value, epochs, standard)
-        if key.endswith("optimizer_rules"):
-            return tuple((pattern, stretch(overrides, epochs, standard)) for pattern, overrides in value)
-        if not key.endswith("_epochs") or key == "every_epochs":
-            return value
-        if isinstance(value, tuple):
-            return tuple(sorted({int(x * epochs // standard) for x in value} - {0}))
-        return float(round(value * epochs / standard))
-
-    return {key: one(key, value) for key, value in values.items()}
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def to_json(config: ConfigDict) -> dict:
     """The configuration as plain JSON values; tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def from_json(values: dict) -> ConfigDict:
-    """The inverse of `to_json`."""
+    """The inverse of `to_json`; what a version before did not know has its default, which is as it was."""
 
     def tuples(value):
         if isinstance(value, dict):
             return {key: tuples(inner) for key, inner in value.items()}
         return tuple(tuples(inner) for inner in value) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(values))
+    config = every_key(values["method"]["name"]).unlock()
+    config.update(ConfigDict(tuples(values)))
+    return config
 
 
 def fixed_part(values: dict) -> dict:

@@ -49,6 +49,10 @@ class Experiment:
         self.image_shape = dataset.train.image_shape
         self.method = methods.build(config, len(dataset.class_names))
         self.steps_per_epoch = resident.steps_per_epoch(len(dataset.train), config.batch_size)
+        if self.total_steps >= 2**31:
+            raise ConfigError(
+                f"config.epochs={config.epochs} takes {self.total_steps} steps; they must be below 2^31."
+            )
         params, _ = self._abstract_variables
         self.optimizers = optimizers.make_optimizers(
             self.method.trains,
@@ -185,7 +189,8 @@ def check_belongs(run: dict, experiment: Experiment, where: Path):
             f"this version reads {RUN_FORMAT}."
         )
     stored, current = (
-        config_lib.fixed_part(values) for values in (run["config"], config_lib.to_json(experiment.config))
+        config_lib.fixed_part(config_lib.to_json(config))
+        for config in (config_lib.from_json(run["config"]), experiment.config)
     )
     different = checkpoint.differences({"config": stored}, {"config": current})
     fingerprint = experiment.dataset.fingerprint

@@ -1,0 +1,57 @@
+"""A configuration file: Python with a `get_config`, run as it is, and whatever it does told in one line."""
+
+import sys
+import traceback
+import types
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from ffl_jax.errors import ConfigError, FFLError
+from ffl_jax.registry import nearest
+from ffl_jax.workdir.paths import ROOT
+
+MAX_BYTES = 1_000_000
+
+
+def read(chosen: str) -> ConfigDict:
+    """What `get_config` of a file returns.
+
+    Args:
+      chosen: "FILE", or "FILE:PRESETS" for `get_config("PRESETS")`. What is not there is looked for beside
+        the package, so that `configs/x.py` works from any folder.
+
+    Raises:
+      ConfigError: there is no such file, it cannot be run, or gives no configuration.
+    """
+    name, colon, presets = chosen.partition(":")
+    path = Path(name) if Path(name).exists() else ROOT / name
+    if not path.is_file():
+        # By their names: where this project lies must not decide what is near.
+        there = [f"configs/{file.name}" for file in (ROOT / "configs").glob("*.py") if file.stem != "common"]
+        raise ConfigError(f"no configuration file {name}: {nearest(f'configs/{path.name}', there)}")
+    folder = str(path.resolve().parent.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # for `from configs import common`, from wherever the command is run
+    module = types.ModuleType("config_file")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses look
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path} is no configuration file: it has more than {MAX_BYTES} bytes.")
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+        if not callable(getattr(module, "get_config", None)):
+            raise ConfigError(f"{path} has no function get_config(arg=None): see configs/digits.py.")
+        config = module.get_config(presets) if colon else module.get_config()
+    except FFLError:
+        raise
+    except (Exception, SystemExit) as error:
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+        ]
+        where = f" ({path.name}:{lines[-1]})" if lines else ""
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}{where}") from error
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise ConfigError(f"{path}: get_config returned {kind}: let it return what common.get_config gives.")
+    return config

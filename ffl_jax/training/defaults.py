@@ -1,0 +1,175 @@
+"""What all experiments start from: every key of a configuration, with FFL's published CIFAR recipe."""
+
+import os
+
+from ml_collections import ConfigDict
+
+from ffl_jax import methods
+from ffl_jax.errors import ConfigError
+from ffl_jax.models import NETWORKS
+from ffl_jax.registry import nearest
+
+RECIPES = ("published", "common")
+OPTIMISATION = ("epochs", "batch_size", "optimizer", "data")  # what "common" leaves out of a method's recipe
+
+
+def every_key(method: str) -> ConfigDict:
+    """All that a configuration of the method called `method` holds; each value is of its key's type."""
+    least, most = methods.METHODS.lookup(method).num
+    config = ConfigDict()
+    config.seed = 0
+    config.num_seeds = 1  # runs side by side in one program: seeds seed, seed + 1, …
+    config.epochs = 300
+    config.batch_size = 128  # of all devices together
+    config.accumulate = 1  # parts that the batch is taken in, one after another, to save memory
+    config.precision = "float32"  # or bfloat16, for all but parameters, batch statistics and losses
+    config.method = {"name": method, **methods.hyper_parameters(method)}
+    config.subnetworks = {
+        "network": "resnet32",  # or one for each, with + between them
+        "num": max(least, min(2, most or 2)),
+        "shared_stages": 0,  # stem and that many stages exist once; 0: K separate networks
+        "execution": "auto",  # of copies of one network: loop, vmap, or the faster one by measurement
+        "remat": False,  # True: less memory, a third more work
+    }
+    if methods.takes_teachers(method):
+        config.teachers = {
+            "network": "resnet32",  # as above
+            "num": 1,
+            "runs": (),  # finished runs, "DIR" or "DIR:PREDICTION", one for each; () trains them first
+            "epochs": 0,  # of each; 0: as many as the student
+            "generations": 1,  # 2: the teachers are students of teachers themselves, and so on
+        }
+    config.optimizer = {
+        "name": "sgd",  # or adam
+        "learning_rate": 0.1,
+        "weight_decay": 1e-4,
+        "momentum": 0.9,
+        "nesterov": True,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "schedule": "step",  # or cosine, constant
+        "decay_epochs": (150, 225),
+        "decay_factor": 0.1,
+        "warmup_epochs": 0.0,
+    }
+    # (regex over "objective/parameter/path", settings that differ); the first that matches counts.
+    config.optimizer_rules = ()
+    config.data = _data_keys()
+    config.evaluation = {"batch_size": 500, "every_epochs": 1}
+    config.checkpoint = {"every_epochs": 1, "every_steps": 0, "keep": 2}
+    config.log_every_steps = 100  # a line of metrics.jsonl at least at the end of each epoch
+    config.log_histograms = False  # True: of all parameters at every evaluation, in TensorBoard
+    config.wandb = ""  # a project of Weights & Biases to show the run in; needs `pip install wandb`
+    config.parallel = {
+        "mode": "pmap",  # or shard_map, which the last two need
+        "num_devices": 0,  # 0: all visible devices
+        "subnetworks": 1,  # devices over which the sub-networks are spread
+        "seeds": 1,  # devices over which the runs are spread
+    }
+    return config
+
+
+def _data_keys() -> dict:
+    return {
+        "name": "",
+        "data_dir": "",  # folder: the root of the tree; TFDS: where datasets are prepared, "" for its default
+        "manual_dir": "",  # TFDS: files downloaded by hand, to prepare without a network
+        "cache_dir": "",  # decoded images; "" for the user's cache folder
+        "image_size": 0,  # resize the shorter side, crop the centre; 0 takes images as they are
+        "streaming": False,  # True: read and decode on demand, for datasets that do not fit in memory
+        "workers": min(32, max(1, (os.cpu_count() or 2) - 1)),  # streaming: processes; 0: this one
+        "validation_examples": 0,  # carved from the training split; the best epoch is chosen on them
+        "crop": "pad",  # then cut at random places; or resized: random parts, streaming only
+        "pad": 4,
+        "pad_mode": "reflect",  # or zero
+        "flip": True,
+        "mean": (),  # of the channels, 0..1; () computes mean and std from the training split
+        "std": (),
+    }
+
+
+def get_config(
+    arg: str | None = None, data: str = "cifar10", standard: dict | None = None, **presets: str | int
+) -> ConfigDict:
+    """The configuration for a config file to complete, on the method and networks that `arg` picks.
+
+    Args:
+      arg: what stands after the colon of `--config=configs/DATA.py:ARG`, such as
+        `method=ffl,network=resnet20+resnet32,epochs=60,recipe=common`. The recipe is "published" (the
+        default: what the method's authors used) or "common" (the same for every method, for comparisons on
+        equal terms). Ramps and decays are stretched to `epochs`; `--config.epochs` would leave them where
+        they are.
+      data: the config file's name, for recipes that differ between datasets.
+      standard: {key: value} of the dataset's common recipe that differ from the one below, also `epochs`.
+      **presets: the file's own defaults for the keys of `arg`.
+    """
+    presets = {"method": "ffl", "network": "resnet32", "epochs": "", "recipe": "published"} | presets
+    for item in filter(None, (arg or "").split(",")):
+        key, _, value = item.partition("=")
+        if key not in presets or not value:
+            raise ConfigError(f"preset {item!r} after the colon: {nearest(key, presets)} Write key=value.")
+        presets[key] = value
+    if not str(presets["epochs"] or 1).isdecimal():
+        raise ConfigError(f"preset epochs={presets['epochs']} after the colon is not a whole number.")
+    if presets["recipe"] not in RECIPES:
+        raise ConfigError(f"preset recipe={presets['recipe']}: {nearest(presets['recipe'], RECIPES)}")
+    method = methods.METHODS.lookup(presets["method"])
+    networks = presets["network"].split("+")
+    config = every_key(presets["method"])
+    if len(set(networks)) == 1:
+        config.subnetworks.network = networks[0]
+        if method.shares_trunk:
+            config.subnetworks.shared_stages = NETWORKS.lookup(networks[0])(num_classes=2).num_stages - 1
+    else:
+        config.subnetworks.network = presets["network"]
+    if len(networks) > 1:
+        config.subnetworks.num = len(networks)
+    if "teachers" in config:
+        config.teachers.network = networks[0]
+
+    # What the dataset and the method want otherwise, each stated for a run of its own length.
+    standard = {"epochs": config.epochs} | (standard or {})
+    recipe = {"epochs": standard["epochs"]} | method.recipe(data)
+    if len(networks) > 1:
+        recipe = {key: value for key, value in recipe.items() if not key.startswith("subnetworks.")}
+    published = {key: value for key, value in recipe.items() if key.split(".")[0] in OPTIMISATION}
+    if presets["recipe"] == "common":
+        recipe = {key: value for key, value in recipe.items() if key not in published}
+    epochs = int(presets["epochs"] or recipe.get("epochs", standard["epochs"]))
+    base = {"optimizer": config.optimizer.to_dict(), "method": config.method.to_dict()}
+    settings = stretch(flatten(base), epochs, config.epochs)
+    settings |= stretch(standard, epochs, standard["epochs"]) | stretch(recipe, epochs, published["epochs"])
+    config.update_from_flattened_dict(settings | {"epochs": epochs})
+    return config
+
+
+def stretch(values: dict, epochs: int, standard: int) -> dict:
+    """Settings of a run of `standard` epochs for one of `epochs`: what counts epochs follows in proportion.
+
+    These are the keys that end in `_epochs`, at any depth, those in `optimizer_rules` included. Ramps and
+    warm-ups are rounded, decays fall at the beginning of a whole epoch.
+    """
+
+    def one(key, value):
+        if isinstance(value, dict):
+            return stretch(value, epochs, standard)
+        if key.endswith("optimizer_rules"):
+            return tuple((pattern, stretch(overrides, epochs, standard)) for pattern, overrides in value)
+        if not key.endswith("_epochs") or key == "every_epochs":
+            return value
+        if isinstance(value, tuple):
+            return tuple(sorted({int(x * epochs // standard) for x in value} - {0}))
+        return float(round(value * epochs / standard))
+
+    return {key: one(key, value) for key, value in values.items()}
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
