@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from ffl_jax.reporting.groups import BASELINE, Group, baseline
-from ffl_jax.reporting.runs import FinishedRun
+from ffl_jax.reporting.runs import FinishedRun, shown
 from ffl_jax.training.config import FREE_DATA_KEYS, FREE_KEYS, flatten
 
 # What does not change the numbers of a run, or has its own column.
@@ -83,7 +83,9 @@ def common(groups: Sequence[Group]) -> str:
 
 def _seeds(groups: Sequence[Group]) -> list[str]:
     found = [
-        f"`{one.folder}`: {one.reason}; left out of every mean." for group in groups for one in group.unusable
+        f"`{shown(one.folder)}`: {one.reason}; left out of every mean."
+        for group in groups
+        for one in group.unusable
     ]
     single = [name(group, groups) for group in groups if len(group.runs) == 1]
     if single:

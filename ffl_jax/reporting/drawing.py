@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,9 @@ def render(function: Callable, groups: Sequence[Group], theme: Theme) -> bytes |
     settings |= dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), theme.paper)
     texts = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     settings |= dict.fromkeys(texts, theme.text)
-    with matplotlib.rc_context(settings):
+    settings["text.parse_math"] = False  # a name may have a $
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a name, that no font has: a box stands for it
         figure = function(groups, theme)
         if figure is None:
             return None

@@ -246,7 +246,7 @@ def _cost(groups: Sequence[Group], theme: Theme) -> Figure | None:
     for group in groups:
         for name in group.predictions:
             flops, top1 = group.scores(name, "flops")[0], group.spread(name, "top1")
-            if flops and top1 and group.kind(name) != TEACHER:
+            if flops and flops > 0 and top1 and group.kind(name) != TEACHER:
                 running.append((group, name, flops, 100 * top1.mean))
     training = {}
     for key in ("flops", "seconds"):
@@ -278,7 +278,7 @@ def _running_cost(axes, points, groups, theme):
             front.append(i)
     look = {"color": theme.reference, "linewidth": 1, "label": "best for its cost"}
     axes.step(flops[front], top1[front], where="post", **look)
-    width, height = np.log(flops.max() / flops.min()), np.ptp(top1)
+    width, height = np.log(flops.max() / flops.min()), np.ptp(top1) or 1  # where all score the same
     named = []
     for i in reversed(front):  # the best first; those too near to one that has its name go without
         place = np.array([np.log(flops[i] / flops.min()) / width, top1[i] / height])

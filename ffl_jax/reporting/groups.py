@@ -88,7 +88,11 @@ class Group:
           (epochs [N], values [runs, N]), or None where a run lacks it or no epoch is common.
         """
         lines = [
-            {row["epoch"]: factor * row[key] for row in run.metrics if row["split"] == split and key in row}
+            {
+                row["epoch"]: factor * row[key]
+                for row in run.metrics
+                if row["split"] == split and _number(row.get(key)) is not None
+            }
             for run in self.runs
         ]
         epochs = sorted(set.intersection(*(set(line) for line in lines)))

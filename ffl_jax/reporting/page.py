@@ -14,7 +14,7 @@ from ffl_jax.reporting import cells, tables
 def markdown(sections, warnings: list[str], sources: tables.Sources) -> str:
     """`report.md`: figures are linked by their file names."""
     environment = _environment(autoescape=False)
-    environment.filters |= {"table": cells.markdown, "prose": _prose}
+    environment.filters |= {"table": cells.markdown, "prose": _prose, "plain": cells.escape}
     return _render(environment, "report.md.jinja", sections, warnings, sources)
 
 

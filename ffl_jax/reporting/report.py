@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,13 +52,16 @@ def write(folders: Sequence[str], output: Path) -> list[Path]:
     logging.info("%d finished runs, %d that cannot be used.", len(finished), len(unusable))
     datasets = groups.group(finished, unusable)
     placed = [one for members in datasets.values() for member in members for one in member.unusable]
-    warnings = [f"`{one.folder}`: {one.reason}; left out." for one in unusable if one not in placed]
+    warnings = [
+        f"`{runs.shown(one.folder)}`: {one.reason}; left out." for one in unusable if one not in placed
+    ]
     if damaged:
-        first = [f"`{folder}` ({what})" for folder, what in list(damaged.items())[:5]]
+        first = [f"`{runs.shown(folder)}` ({what})" for folder, what in list(damaged.items())[:5]]
         more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
         warnings.append(f"Curves lack something of {', '.join(first)}{more}.")
     sources = tables.Sources()
-    sections = [_section(dataset, members, sources) for dataset, members in datasets.items()]
+    names = _file_names(datasets)
+    sections = [_section(dataset, members, sources, names[dataset]) for dataset, members in datasets.items()]
     written = {
         "report.md": page.markdown(sections, warnings, sources).encode(),
         "results.csv": results.text(datasets).encode(),
@@ -71,7 +74,18 @@ def write(folders: Sequence[str], output: Path) -> list[Path]:
     return [output / name for name in written]
 
 
-def _section(dataset: str, members: list[groups.Group], sources: tables.Sources) -> Section:
+def _file_names(datasets: Iterable[str]) -> dict[str, str]:
+    """What the pictures of each dataset begin with: letters and digits, no two alike to any file system."""
+    names = {}
+    for dataset in datasets:
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", dataset)[:64]
+        while name.lower() in (other.lower() for other in names.values()):
+            name += "_"
+        names[dataset] = name
+    return names
+
+
+def _section(dataset: str, members: list[groups.Group], sources: tables.Sources, prefix: str) -> Section:
     logging.info("drawing %s: %d rows …", dataset, len(members))
     warnings, notes = comparability.check(members)
     shown = [
@@ -80,7 +94,7 @@ def _section(dataset: str, members: list[groups.Group], sources: tables.Sources)
         tables.cost(members),
         tables.beside_published(members, sources),
     ]
-    pictures, missing = figures.draw(members, re.sub(r"[^A-Za-z0-9_-]", "_", dataset))
+    pictures, missing = figures.draw(members, prefix)
     headline, common = _headline(members), comparability.common(members)
     return Section(dataset, headline, common, warnings, notes, list(filter(None, shown)), pictures, missing)
 

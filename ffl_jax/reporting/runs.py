@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ _EXTRAS = {"best": dict, "reliability": dict, "diversity": dict}
 _EXTRAS |= {"versions": dict, "fingerprint": str, "device": str}
 _KINDS = (NETWORK, ENSEMBLE, FUSED, TEACHER)
 _DEPTH = 3  # levels of folders that are searched for runs
+_ABSURD = 1e30  # no number of a run is larger
+_LONGEST = 200  # letters of a name
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,28 @@ class Unusable:
     identity: tuple | None = None
 
 
+def shown(folder: Path) -> str:
+    """A folder's name as text, whatever its bytes are, to stand between backticks."""
+    return _line(os.fsencode(folder).decode(errors="backslashreplace")).replace("`", "'")
+
+
+def _line(text: str) -> str:
+    """Text as it can stand in a line of a table."""
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+
+
+def _tidy(value):
+    """JSON as a report can show it: each text a line, and a number that is none, or absurd, None."""
+    if isinstance(value, dict):
+        return {_line(key): _tidy(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_tidy(inner) for inner in value]
+    if isinstance(value, str):
+        return _line(value)
+    return None if isinstance(value, int | float) and not abs(value) < _ABSURD else value
+
+
 def read(folders: Sequence[str]) -> tuple[list[FinishedRun], list[Unusable], dict[Path, str]]:
     """Reads run folders, and every run inside folders that hold some.
 
@@ -92,9 +117,9 @@ def read(folders: Sequence[str]) -> tuple[list[FinishedRun], list[Unusable], dic
         run = _read_run(folder, damaged)
         (runs if isinstance(run, FinishedRun) else unusable).append(run)
     if not runs:
-        first = unusable[0]
+        first, name = unusable[0], shown(unusable[0].folder)
         raise ConfigError(
-            f"none of {len(unusable)} run(s) can be used: {first.folder}: {first.reason}; finish one first."
+            f"none of {len(unusable)} run(s) can be used: {name}: {first.reason}; finish one first."
         )
     _refuse_twins(runs)
     return runs, unusable, damaged
@@ -122,7 +147,7 @@ def _read_run(folder: Path, damaged: dict[Path, str]) -> FinishedRun | Unusable:
     read = {}
     for name in _FILES[:2]:
         try:
-            read[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+            read[name] = _tidy(json.loads((folder / name).read_text(encoding="utf-8")))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
@@ -203,7 +228,7 @@ def _training(folder: Path, summary: dict) -> dict[str, float]:
     own = own.items() if isinstance(own, dict) else ()
     total = {key: value for key, value in own if isinstance(value, int | float)}
     for path in (folder / "teachers").glob("*/summary.json"):
-        spent = _training(path.parent, read_json(path))
+        spent = _training(path.parent, _tidy(read_json(path)))
         total = {key: value + spent[key] for key, value in total.items() if key in spent}
     return total
 
@@ -216,7 +241,7 @@ def _read_metrics(folder: Path, damaged: dict[Path, str]) -> list[dict]:
         return []
     if count:
         damaged[folder] = f"{count} damaged line(s)"
-    return rows
+    return [row for row in map(_tidy, rows) if isinstance(row.get("epoch"), int | float)]
 
 
 def _refuse_twins(runs: list[FinishedRun]):
@@ -231,7 +256,7 @@ def _refuse_twins(runs: list[FinishedRun]):
             differ = f"which differ in config.{', config.'.join(keys)}" if keys else "of equal configuration"
             raise ConfigError(
                 f"two runs of {run.method} on {run.dataset} with {'+'.join(run.networks)} have seed "
-                f"{run.seed}: {other.folder} and {run.folder}, {differ}; leave one out."
+                f"{run.seed}: {shown(other.folder)} and {shown(run.folder)}, {differ}; leave one out."
             )
         seen[identity] = run
 

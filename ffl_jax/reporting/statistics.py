@@ -35,15 +35,10 @@ class Difference:
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
-    """Mean and sample standard deviation, in the values' unit; None values are left out, None if all are.
-
-    Both are NaN where a value is not finite.
-    """
+    """Mean and sample standard deviation, in the values' unit; None values are left out, None if all are."""
     values = [value for value in values if value is not None]
     if not values:
         return None
-    if not all(map(math.isfinite, values)):  # as of an infinite loss: it is shown, not passed over
-        return Spread(math.nan, math.nan, len(values))
     std = statistics.stdev(values) if len(values) > 1 else None
     return Spread(statistics.fmean(values), std, len(values))
 
