@@ -74,5 +74,9 @@ def _value(flag, text):
     return int(text)
 
 
-if __name__ == "__main__":
+def run():
     cli.run(command, huge_pages=True, answers=True)
+
+
+if __name__ == "__main__":
+    run()

@@ -8,6 +8,7 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -18,7 +19,8 @@ from absl import flags
 
 from ffl_jax.devices import preemption
 from ffl_jax.errors import ConfigError, FFLError, Preempted, ResourceError
-from ffl_jax.workdir.paths import ROOT, programs_directory
+from ffl_jax.registry import import_modules
+from ffl_jax.workdir.paths import programs_directory
 
 # What the system says of no path, but a user can act on.
 _OUT_OF_RESOURCES = {
@@ -221,7 +223,11 @@ def _parse_config(values, argv):
         if name == "--config":
             given.append(value if equals else "".join(argv[position + 1 : position + 2]))
             del argv[position : position + (1 if equals else 2)]
-    config = config_file.read(given[0] if given else str(ROOT / "configs" / "digits.py"))
+        elif name == "--config.modules":  # before a preset may name what they register
+            modules = tuple(re.findall(r"[\w.]+", value))
+            import_modules(modules)
+            argv[position] = f"{name}={modules!r}"
+    config = config_file.read(given[0] if given else "configs/digits.py")
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         rest = values(argv)

@@ -40,5 +40,9 @@ def _say(title: str, text: str):
     print(f"{title + ':':15} {text}", flush=True)
 
 
-if __name__ == "__main__":
+def run():
     cli.run(command, answers=True)
+
+
+if __name__ == "__main__":
+    run()

@@ -35,5 +35,9 @@ def command(argv: list[str]):
         print(f"| {name} | {top1:.2f} | {top5:.2f} | {one['nll']:.4f} | {one['ece']:.4f} |")
 
 
-if __name__ == "__main__":
+def run():
     cli.run(command, answers=True)
+
+
+if __name__ == "__main__":
+    run()

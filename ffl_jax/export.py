@@ -53,5 +53,9 @@ def command(argv: list[str]):
     print(f"written to {values.output}; try it with python -m ffl_jax.predict --model={values.output} IMAGE")
 
 
-if __name__ == "__main__":
+def run():
     cli.run(command)
+
+
+if __name__ == "__main__":
+    run()

@@ -45,5 +45,9 @@ def command(argv: list[str]):
     print(f"written to {values.workdir}; score it with python -m ffl_jax.evaluate --workdir={values.workdir}")
 
 
-if __name__ == "__main__":
+def run():
     cli.run(command)
+
+
+if __name__ == "__main__":
+    run()

@@ -56,5 +56,9 @@ def _percent(top1: float | list[float]) -> str:
     return f"{100 * statistics.mean(top1):.2f} ± {100 * statistics.stdev(top1):.2f} %"
 
 
-if __name__ == "__main__":
+def run():
     cli.run(command, huge_pages=True)
+
+
+if __name__ == "__main__":
+    run()

@@ -55,5 +55,9 @@ def command(argv: list[str]):
         raise DatasetError(f"{count} could not be used, named above: replace or leave out these images.")
 
 
-if __name__ == "__main__":
+def run():
     cli.run(command, answers=True)
+
+
+if __name__ == "__main__":
+    run()

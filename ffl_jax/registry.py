@@ -1,6 +1,10 @@
 """Names that configurations use for methods, networks and datasets, each registered where it is defined."""
 
 import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterable
 
 from ffl_jax.errors import ConfigError
 
@@ -16,6 +20,23 @@ def check_choice(key: str, value: str, known):
     """Raises ConfigError that lists the known ones, unless `value` of a setting is one of `known`."""
     if value not in known:
         raise ConfigError(f"{key} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def import_modules(names: Iterable[str]):
+    """Imports modules of a user's own, which register methods, networks and datasets.
+
+    They are looked for in the folder of the command too. Raises ConfigError for one that cannot be imported.
+    """
+    if not {"", os.getcwd()} & set(sys.path):  # as where a console script was started
+        sys.path.append(os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            raise ConfigError(
+                f"config.modules: {name!r} cannot be imported ({type(error).__name__}: {error}): start in "
+                "its folder, or name that in PYTHONPATH."
+            ) from error
 
 
 class Registry(dict):

@@ -32,5 +32,9 @@ def command(argv: list[str]):
     print(f"written to {values.output}: {', '.join(path.name for path in written)}")
 
 
-if __name__ == "__main__":
+def run():
     cli.run(command)
+
+
+if __name__ == "__main__":
+    run()

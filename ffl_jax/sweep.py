@@ -55,5 +55,9 @@ def command(argv: list[str]):
         raise sweep.failure(failed)
 
 
-if __name__ == "__main__":
+def run():
     cli.run(command)
+
+
+if __name__ == "__main__":
+    run()

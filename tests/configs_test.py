@@ -304,6 +304,7 @@ def test_flatten():
 
 
 FREE = {
+    "modules": ("mine",),
     "epochs": 500,
     "log_every_steps": 1,
     "log_histograms": True,

@@ -12,14 +12,23 @@ from ffl_jax import methods
 from ffl_jax.data.augment import PAD_MODES
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import subnetworks
-from ffl_jax.registry import check_choice
+from ffl_jax.registry import check_choice, import_modules
 from ffl_jax.training import optimizers
 from ffl_jax.training.defaults import every_key, flatten
 from ffl_jax.training.steps import PRECISIONS
 
 # Changing these does not change what is trained, so that a run may continue with another value.
 FREE_KEYS = (
-    *("epochs", "log_every_steps", "log_histograms", "wandb", "evaluation", "checkpoint", "parallel"),
+    *(
+        "modules",
+        "epochs",
+        "log_every_steps",
+        "log_histograms",
+        "wandb",
+        "evaluation",
+        "checkpoint",
+        "parallel",
+    ),
 )
 FREE_DATA_KEYS = ("data_dir", "manual_dir", "cache_dir", "workers")
 # Numbers that cost time or memory before anything could be refused for its size.
@@ -30,6 +39,7 @@ _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: 
 def check_keys(config: ConfigDict):
     """Raises ConfigError unless all keys of the method are there, no others, and each value has its type."""
     values = flatten(config.to_dict())
+    _import_modules(values)
     method = values.get("method.name")
     if not isinstance(method, str):
         raise ConfigError(
@@ -46,6 +56,13 @@ def check_keys(config: ConfigDict):
             raise ConfigError(f"config.{key} must be {_KINDS[type(default)]}, got {values[key]!r}.")
     for key in values.keys() - known.keys():
         raise ConfigError(f"unknown configuration key config.{key}: {nearest_key(key, known)}")
+
+
+def _import_modules(values: dict):
+    modules = values.get("modules", ())
+    if not isinstance(modules, tuple | list) or not all(isinstance(name, str) for name in modules):
+        raise ConfigError(f"config.modules must be a tuple of names, got {modules!r}.")
+    import_modules(modules)
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
@@ -149,6 +166,7 @@ def from_json(values: dict) -> ConfigDict:
             return {key: tuples(inner) for key, inner in value.items()}
         return tuple(tuples(inner) for inner in value) if isinstance(value, list) else value
 
+    _import_modules(values)
     config = every_key(values["method"]["name"]).unlock()
     config.update(ConfigDict(tuples(values)))
     return config

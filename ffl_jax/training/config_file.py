@@ -1,5 +1,6 @@
 """A configuration file: Python with a `get_config`, run as it is, and whatever it does told in one line."""
 
+import importlib
 import sys
 import traceback
 import types
@@ -9,9 +10,30 @@ from ml_collections import ConfigDict
 
 from ffl_jax.errors import ConfigError, FFLError
 from ffl_jax.registry import nearest
-from ffl_jax.workdir.paths import ROOT
+from ffl_jax.workdir.paths import CONFIGS
 
 MAX_BYTES = 1_000_000
+
+
+def names(suffix: str = "") -> list[str]:
+    """Those of this project's configurations, "cifar10" and so on."""
+    return sorted(path.stem + suffix for path in CONFIGS.glob("*.py") if path.stem != "common")
+
+
+def _find_configs(folder: Path):
+    """Makes `from configs import common` work in a file in `folder`, wherever it, and the project, lies.
+
+    A folder `configs` of one's own has this project's configurations behind its own files.
+    """
+    if folder != CONFIGS and str(folder.parent) not in sys.path:
+        sys.path.insert(0, str(folder.parent))
+    try:
+        configs = importlib.import_module("configs")
+    except ModuleNotFoundError:
+        configs = sys.modules["configs"] = types.ModuleType("configs")
+        configs.__path__ = []
+    if str(CONFIGS) not in getattr(configs, "__path__", [str(CONFIGS)]):
+        configs.__path__.append(str(CONFIGS))
 
 
 def read(chosen: str) -> ConfigDict:
@@ -25,20 +47,18 @@ def read(chosen: str) -> ConfigDict:
       ConfigError: there is no such file, it cannot be run, or gives no configuration.
     """
     name, colon, presets = chosen.partition(":")
-    path = Path(name) if Path(name).exists() else ROOT / name
+    path = Path(name) if Path(name).exists() else CONFIGS.parent / name
     if not path.is_file():
         # By their names: where this project lies must not decide what is near.
-        there = [f"configs/{file.name}" for file in (ROOT / "configs").glob("*.py") if file.stem != "common"]
+        there = [f"configs/{stem}" for stem in names(suffix=".py")]
         raise ConfigError(f"no configuration file {name}: {nearest(f'configs/{path.name}', there)}")
-    folder = str(path.resolve().parent.parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # for `from configs import common`, from wherever the command is run
     module = types.ModuleType("config_file")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path} is no configuration file: it has more than {MAX_BYTES} bytes.")
+        _find_configs(path.resolve().parent)
         exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
         if not callable(getattr(module, "get_config", None)):
             raise ConfigError(f"{path} has no function get_config(arg=None): see configs/digits.py.")

@@ -17,6 +17,7 @@ def every_key(method: str) -> ConfigDict:
     """All that a configuration of the method called `method` holds; each value is of its key's type."""
     least, most = methods.METHODS.lookup(method).num
     config = ConfigDict()
+    config.modules = ()  # your own, to import: they register methods, networks and datasets
     config.seed = 0
     config.num_seeds = 1  # runs side by side in one program: seeds seed, seed + 1, …
     config.epochs = 300

@@ -5,7 +5,13 @@ import os
 import pathlib
 import platform
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent  # where `configs/` and `launch/` are, in a clone
+ROOT = (
+    pathlib.Path(__file__).resolve().parent.parent.parent
+)  # of a clone; where it is installed, of all packages
+# A wheel holds them inside the package.
+CONFIGS = next(
+    path for path in (ROOT / "configs", ROOT / "ffl_jax" / "configs") if (path / "digits.py").is_file()
+)
 
 
 def cache_directory(cache_dir: str = "") -> pathlib.Path:
