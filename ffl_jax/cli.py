@@ -228,16 +228,21 @@ def _parse_config(values, argv):
             import_modules(modules)
             argv[position] = f"{name}={modules!r}"
     config = config_file.read(given[0] if given else "configs/digits.py")
+    known = config_lib.flatten(config.to_dict())
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         rest = values(argv)
+    except flags.UnrecognizedFlagError as error:
+        places = config_lib.nearest_keys(error.flagname.removeprefix("no"), known)
+        if not places:
+            raise
+        hint = " or ".join(f"--config.{key}" for key in places)
+        raise ConfigError(f"unknown flag --{error.flagname}: did you mean {hint}?") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        known = config_lib.flatten(config.to_dict())
         for argument in argv[1:]:
             key = argument.split("=", 1)[0].removeprefix("--").removeprefix("no")
             if key.startswith("config.") and (key := key.removeprefix("config.")) not in known:
-                hint = config_lib.nearest_key(key, known)
-                raise ConfigError(f"unknown configuration key config.{key}: {hint}") from error
+                raise config_lib.unknown_key(key, known) from error
         raise ConfigError(str(error)) from error
     config_lib.check_keys(values.config)
     return rest

@@ -55,7 +55,7 @@ def check_keys(config: ConfigDict):
         if isinstance(values[key], bool) != isinstance(default, bool) or not isinstance(values[key], fine):
             raise ConfigError(f"config.{key} must be {_KINDS[type(default)]}, got {values[key]!r}.")
     for key in values.keys() - known.keys():
-        raise ConfigError(f"unknown configuration key config.{key}: {nearest_key(key, known)}")
+        raise unknown_key(key, known)
 
 
 def _import_modules(values: dict):
@@ -65,8 +65,8 @@ def _import_modules(values: dict):
     import_modules(modules)
 
 
-def nearest_key(key: str, known: Iterable[str]) -> str:
-    """A hint at the keys that a mistyped or misplaced one stands for, or the list of all.
+def nearest_keys(key: str, known: Iterable[str]) -> list[str]:
+    """Those that a mistyped or misplaced key may stand for.
 
     Only typing errors are guessed at, whatever the section: `label_smoothing` is not `method.smoothing`.
     """
@@ -75,8 +75,14 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
         places[name.rpartition(".")[2]].append(name)
     last = key.rpartition(".")[2]
     close = [last] if last in places else difflib.get_close_matches(last, places, cutoff=0.8)
-    names = [name for one in close for name in places[one]]
-    return f"did you mean {' or '.join(names)}?" if names else f"known: {', '.join(sorted(known))}."
+    return [name for one in close for name in places[one]]
+
+
+def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
+    """The error of a key that is none, with those that it may stand for, or with all."""
+    near = nearest_keys(key, known)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}."
+    return ConfigError(f"unknown configuration key config.{key}: {hint}")
 
 
 def check(config: ConfigDict):

@@ -1,6 +1,7 @@
 """A configuration file: Python with a `get_config`, run as it is, and whatever it does told in one line."""
 
 import importlib
+import json
 import sys
 import traceback
 import types
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ffl_jax.errors import ConfigError, FFLError
 from ffl_jax.registry import nearest
+from ffl_jax.training.config import from_json
 from ffl_jax.workdir.paths import CONFIGS
 
 MAX_BYTES = 1_000_000
@@ -36,6 +38,13 @@ def _find_configs(folder: Path):
         configs.__path__.append(str(CONFIGS))
 
 
+def _json(path, presets) -> ConfigDict:
+    values = json.loads(path.read_bytes())
+    if presets or not isinstance(values, dict) or not isinstance(values.get("method"), dict):
+        raise ConfigError(f"{path} is not the config.json of a run, or presets stand behind it, {presets!r}.")
+    return from_json(values)
+
+
 def read(chosen: str) -> ConfigDict:
     """What `get_config` of a file returns.
 
@@ -58,6 +67,8 @@ def read(chosen: str) -> ConfigDict:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path} is no configuration file: it has more than {MAX_BYTES} bytes.")
+        if path.suffix == ".json":
+            return _json(path, presets)
         _find_configs(path.resolve().parent)
         exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
         if not callable(getattr(module, "get_config", None)):

@@ -1,6 +1,7 @@
 """Configuration files and values that no run can have: one line, exit code 2, at once."""
 
 import contextlib
+import json
 import os
 import random
 import time
@@ -90,6 +91,22 @@ def test_values(key, value, message):
         config_lib.check(config)
     assert message in str(raised.value)
     assert time.monotonic() - began < 5
+
+
+def test_the_configuration_of_a_run_is_one(tmp_path):
+    """All but what the command line says otherwise."""
+    config = digits.get_config("method=ffsd,network=tiny")
+    (tmp_path / "config.json").write_text(json.dumps(config_lib.to_json(config)))
+    again = main.parse(["main", f"--config={tmp_path}/config.json", "--config.epochs=7"]).config
+    config.epochs = 7
+    assert again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"method": 3}', '{"method": {"name": []}}', "\0"])
+def test_files_that_are_no_configuration_of_a_run(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ConfigError):
+        main.parse(["main", f"--config={tmp_path}/x.json"])
 
 
 def test_what_a_version_before_did_not_know_has_its_default():
