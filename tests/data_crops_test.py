@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ffl_jax.data import base, crops
+from ffl_jax.data import crops, images
 
 
 def ramp(width, height):
@@ -103,14 +103,14 @@ def test_an_image_that_no_box_fits_into_gives_its_middle(shape, box):
 
 def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(monkeypatch):
     """By the largest divisor that leaves as many pixels as are asked for, and nothing moves by it."""
-    sizes, to_rgb = [], base.to_rgb
+    sizes, to_rgb = [], images.to_rgb
 
     def spy(opened):
         image = to_rgb(opened)
         sizes.append(image.size)
         return image
 
-    monkeypatch.setattr(base, "to_rgb", spy)
+    monkeypatch.setattr(images, "to_rgb", spy)
     shape = (220, 180)
     encoded = encode(ramp(*shape), "JPEG", quality=100, subsampling=0)
     for seed in range(30):
@@ -161,5 +161,5 @@ def test_evaluation_sees_the_centre(shape, size, box):
 def test_evaluation_of_padded_crops_sees_what_training_pads():
     encoded = encode(ramp(60, 40))
     np.testing.assert_array_equal(
-        crops.evaluation_image(encoded, "pad", 20), base.decode_image(encoded, image_size=20)
+        crops.evaluation_image(encoded, "pad", 20), images.decode_image(encoded, image_size=20)
     )

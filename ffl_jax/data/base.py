@@ -1,22 +1,19 @@
-"""What every data source shares: the containers, the registry, decoding, digests."""
+"""What every data source shares: the containers, the registry, decoding of whole splits, digests."""
 
 import abc
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ffl_jax.errors import DatasetError, FFLError, ResourceError
+from ffl_jax.data.images import damage_named, decode_image
+from ffl_jax.errors import DatasetError, ResourceError
 from ffl_jax.registry import Registry
 
 SOURCES = Registry("dataset")  # of functions load(config) -> (train Split, test Split, class names)
 _CHUNK = 256  # images per task: large enough that handing tasks to threads costs nothing
-# Wrongly named files are common, so a few more formats than the extensions say; none that runs a program.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,83 +114,6 @@ def digest(*parts: str | np.ndarray) -> str:
         sha.update(f"{kind}{part.shape};".encode())
         sha.update(np.ascontiguousarray(part).data)
     return sha.hexdigest()
-
-
-@contextlib.contextmanager
-def damage_named(where: str, encoded: bytes, remedy: str):
-    """Turns what goes wrong while an image is decoded inside into a DatasetError of one line."""
-    try:
-        yield
-    except (FFLError, MemoryError):
-        raise
-    except Exception as error:  # Pillow raises a dozen types, SyntaxError among them.
-        reason = str(error) if encoded else "it has 0 bytes"
-        if "cannot identify" in reason:
-            reason = "it is not a PNG or JPEG image"
-        raise DatasetError(f"{where} cannot be decoded: {reason}; {remedy}.") from error
-
-
-def open_image(encoded: bytes):
-    """A Pillow image of one file, not yet decoded; a context manager."""
-    from PIL import Image
-
-    return Image.open(io.BytesIO(encoded), formats=_FORMATS)
-
-
-def orientation(image) -> int:
-    """The EXIF orientation of a Pillow image, 1 .. 8; 1 is upright."""
-    try:
-        return image.getexif().get(0x0112, 1)
-    except Exception:  # Broken metadata, of whatever kind, does not make an image unusable.
-        return 1
-
-
-def to_rgb(image):
-    """Decodes a Pillow image to RGB, upright as its EXIF orientation says.
-
-    Grey becomes three equal channels, 16-bit grey is scaled by 1 / 257, transparent pixels become white.
-    """
-    from PIL import Image, ImageChops
-
-    turn = Image.Transpose
-    turns = (turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE, turn.ROTATE_270)
-    turns = dict(enumerate((*turns, turn.TRANSVERSE, turn.ROTATE_90), 2))
-    # Pillow takes every CMYK JPEG for one of Adobe's, whose inks are stored inverted.
-    plain_cmyk = image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info
-    if (turned := orientation(image)) in turns:
-        image = image.transpose(turns[turned])
-    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255.
-        values = np.asarray(image)
-        grey = np.rint(values / 257).astype(np.uint8)
-        grey[values == image.info.get("transparency", -1)] = 255
-        image = Image.fromarray(grey)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif plain_cmyk:
-        image = ImageChops.invert(image)
-    return image.convert("RGB")
-
-
-def decode_image(encoded: bytes, image_size: int = 0) -> np.ndarray:
-    """Decodes one image file to uint8 RGB [H, W, 3], as `to_rgb`.
-
-    Args:
-      encoded: the bytes of the file.
-      image_size: if positive, the shorter side is resized to it and the centre square cut out, in pixels.
-    """
-    from PIL import Image
-
-    with open_image(encoded) as opened:
-        image = to_rgb(opened)
-    shorter = min(image.size)
-    if image_size and shorter != image_size:
-        size = tuple(round(side * image_size / shorter) for side in image.size)
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    if image_size and image.size != (image_size, image_size):
-        left, top = ((side - image_size) // 2 for side in image.size)
-        image = image.crop((left, top, left + image_size, top + image_size))
-    return np.asarray(image)
 
 
 def decode_all(records: Records, image_size: int, title: str) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from ffl_jax.data import base
+from ffl_jax.data import images
 
 CROPS = ("pad", "resized")
 _AREA = (0.08, 1.0)  # of the image
@@ -32,15 +32,15 @@ def random_resized(
     """
     from PIL import Image
 
-    with base.open_image(encoded) as opened:
-        turned = base.orientation(opened) in _TURNED
+    with images.open_image(encoded) as opened:
+        turned = images.orientation(opened) in _TURNED
         width, height = reversed(opened.size) if turned else opened.size
         boxes = [draw_box(generator, width, height) for generator in generators]
         smallest = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
         divisor = max(d for d in (1, 2, 4, 8) if d == 1 or smallest >= d * image_size)
         if divisor > 1:
             opened.draft(None, tuple(side // divisor for side in opened.size))
-        image = base.to_rgb(opened)
+        image = images.to_rgb(opened)
     if image.size == (width, height):
         divisor = 1
     views = []
@@ -78,9 +78,11 @@ def centre(encoded: bytes, image_size: int) -> np.ndarray:
     """
     from PIL import Image
 
-    with base.open_image(encoded) as opened:
-        image = base.to_rgb(opened)
-    shorter, target = min(image.size), round(image_size * _EVAL_RATIO)
+    target = round(image_size * _EVAL_RATIO)
+    with images.open_image(encoded) as opened:
+        images.check_size(*opened.size, target)
+        image = images.to_rgb(opened)
+    shorter = min(image.size)
     size = tuple(int(side * target / shorter) for side in image.size)
     image = image.resize(size, Image.Resampling.BILINEAR)
     left, top = (round((side - image_size) / 2) for side in size)
@@ -92,4 +94,4 @@ def evaluation_image(encoded: bytes, crop: str, image_size: int) -> np.ndarray:
 
     Args: encoded: the bytes of the file. crop, image_size: of the `data` section of the configuration.
     """
-    return centre(encoded, image_size) if crop == "resized" else base.decode_image(encoded, image_size)
+    return centre(encoded, image_size) if crop == "resized" else images.decode_image(encoded, image_size)

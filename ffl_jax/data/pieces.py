@@ -10,6 +10,7 @@ import sys
 import numpy as np
 
 from ffl_jax.data import base, crops, resident
+from ffl_jax.data import images as images_lib
 
 # Images of a piece: few enough that all workers begin with the first batch and that one stops within half a
 # second, enough that handing it over costs nothing.
@@ -55,7 +56,7 @@ class Pieces:
         images, labels = [], []
         read = records.read(self.split.positions[indices])
         for index, (where, encoded, label) in zip(indices, read, strict=True):
-            with base.damage_named(where, encoded, records.remedy):
+            with images_lib.damage_named(where, encoded, records.remedy):
                 images.append(decode(index, encoded))
             labels.append(label)
         return np.stack(images), np.array(labels, np.int32)
@@ -93,7 +94,7 @@ class TrainPieces(Pieces):
     def _decode(self, epoch, index, encoded):
         size = self.split.image_size
         if self.crop == "pad":  # the rest is done on the device
-            return base.decode_image(encoded, size)
+            return images_lib.decode_image(encoded, size)
         generators = [_generator(self.seed, 1, epoch, index, view) for view in range(self.views or 1)]
         images = crops.random_resized(encoded, size, generators, self.flip)
         return images if self.views else images[0]
