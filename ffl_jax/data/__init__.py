@@ -1,8 +1,10 @@
 """Datasets: `load(config.data)` gives every source's images in the same form, checked and fingerprinted."""
 
+import logging
+
 import numpy as np
 
-from ffl_jax.data import base, crops, tfds
+from ffl_jax.data import base, crops, images, tfds
 from ffl_jax.data import cinic10 as cinic10
 from ffl_jax.data import digits as digits
 from ffl_jax.data import folder as folder
@@ -28,32 +30,35 @@ def load(config) -> Dataset:
     """
     _check_settings(config)
     source = base.SOURCES.get(config.name, tfds.load)
-    train, test, class_names = source(config)
+    train, test, class_names, *validation = source(config)
+    given = {"train": train, "test": test} | dict(zip(("validation",), validation, strict=False))
     if len(class_names) < 2:
         raise DatasetError(
             f"{config.name} has {len(class_names)} class ({', '.join(class_names)}); 2 or more are needed."
         )
     if not config.streaming:
-        train, test = (
-            _checked(config.name, role, split, len(class_names))
-            for role, split in (("train", train), ("test", test))
-        )
-        if train.image_shape != test.image_shape:
-            raise DatasetError(
-                f"{config.name}: train images have shape {train.image_shape}, test images "
-                f"{test.image_shape}; set config.data.image_size to bring all to one size."
-            )
-        content = train.images, train.labels, test.images, test.labels
+        for role, split in given.items():
+            given[role] = _checked(config.name, role, split, len(class_names))
+            if given[role].image_shape != given["train"].image_shape:
+                raise DatasetError(
+                    f"{config.name}: train images have shape {given['train'].image_shape}, {role} images "
+                    f"{given[role].image_shape}; set config.data.image_size to bring all to one size."
+                )
+        content = [array for split in given.values() for array in (split.images, split.labels)]
+        layout = ""
     elif isinstance(train, StreamedSplit):
-        content = train.records.identity, test.records.identity
+        content = [split.records.identity for split in given.values()]
+        layouts = [split.records.layout for split in given.values()]
+        layout = base.digest(*layouts, *class_names, str(config.validation_examples)) if all(layouts) else ""
     else:
         raise ConfigError(
             f"{config.name} is always held in memory: set config.data.streaming=False and "
             "config.data.crop=pad, or choose another dataset."
         )
     fingerprint = base.digest(*content, *class_names, str(config.validation_examples))
-    train, validation = _carve(config, train)
-    return Dataset(config.name, train, test, class_names, fingerprint, validation)
+    if config.validation_examples:
+        given["train"], given["validation"] = _carve(config, given["train"], class_names)
+    return Dataset(config.name, class_names=class_names, fingerprint=fingerprint, layout=layout, **given)
 
 
 def train_input(split: Split | StreamedSplit, config, parallel, views: int = 0):
@@ -95,6 +100,11 @@ def _check_settings(config):
     for key in ("validation_examples", "image_size", "workers"):
         if config[key] < 0:
             raise ConfigError(f"config.data.{key} must be 0 or more, got {config[key]}.")
+    if config.image_size**2 > images.MAX_PIXELS:
+        raise ConfigError(
+            f"config.data.image_size={config.image_size} counts the pixels of one side, and at most "
+            f"{images.MAX_PIXELS / 1e6:.0f} million pixels are allowed in all: set it lower."
+        )
     check_choice("config.data.crop", config.crop, crops.CROPS)
     if not config.streaming and config.crop != "pad":
         raise ConfigError(
@@ -136,11 +146,9 @@ def _checked(name: str, role: str, split: Split, num_classes: int) -> Split:
     return Split(images, labels.astype(np.int32))
 
 
-def _carve(config, train):
+def _carve(config, train, class_names):
     """Sets validation examples aside: the same ones for every seed, so that runs compare."""
     count, total = config.validation_examples, len(train)
-    if not count:
-        return train, None
     if count >= total:
         raise DatasetError(
             f"config.data.validation_examples={count} leaves nothing of the {total} training examples of "
@@ -148,4 +156,21 @@ def _carve(config, train):
         )
     chosen = np.zeros(total, bool)
     chosen[np.random.default_rng(0).permutation(total)[:count]] = True
-    return train.take(~chosen), train.take(chosen)
+    rest, validation = train.take(~chosen), train.take(chosen)
+    if train.labels is not None:
+        before, after = (np.bincount(split.labels, minlength=len(class_names)) for split in (train, rest))
+        emptied = [class_names[label] for label in np.flatnonzero((before > 0) & (after == 0))]
+        if emptied:
+            raise DatasetError(
+                f"config.data.validation_examples={count} takes all training images of {len(emptied)} of "
+                f"{len(class_names)} classes ({folder.some(emptied)}): set it lower; a tenth of the "
+                f"{total} training images is {total // 10}."
+            )
+        halved = [class_names[label] for label in np.flatnonzero(2 * after < before)]
+        if halved:
+            logging.warning(
+                "config.data.validation_examples=%d takes over half of the training images of: %s.",
+                count,
+                folder.some(halved),
+            )
+    return rest, validation

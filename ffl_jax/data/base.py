@@ -42,10 +42,14 @@ class Records(abc.ABC):
     Attributes:
       identity: changes with the files' names and sizes and with what says how they are labelled, but not with
         a file's content where its size stays.
+      layout: the same without the sizes: stays where a damaged file is repaired; "" if that is not known.
+      labels: integers [N], where they are known before anything is read.
       remedy: what to do about a damaged one, for errors.
     """
 
     identity: str
+    layout: str = ""
+    labels: np.ndarray | None = None
     remedy: str
 
     @abc.abstractmethod
@@ -78,6 +82,11 @@ class StreamedSplit:
         return len(self.positions)
 
     @property
+    def labels(self) -> np.ndarray | None:
+        """Integers [N], or None where they are not known before anything is read."""
+        return None if self.records.labels is None else self.records.labels[self.positions]
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, 3) of what networks see."""
         return self.image_size, self.image_size, 3
@@ -91,7 +100,8 @@ class StreamedSplit:
 class Dataset:
     """A dataset; `fingerprint` changes with any pixel, label, class name or split.
 
-    Where it is streamed, `fingerprint` changes with the names and sizes of its files, as `Records.identity`.
+    Where it is streamed, `fingerprint` changes with the names and sizes of its files, as `Records.identity`,
+    and `layout` with the names alone, as `Records.layout`; else that is "".
     """
 
     name: str
@@ -100,6 +110,7 @@ class Dataset:
     class_names: tuple[str, ...]
     fingerprint: str
     validation: Split | StreamedSplit | None = None
+    layout: str = ""
 
 
 def digest(*parts: str | np.ndarray) -> str:

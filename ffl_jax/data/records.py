@@ -2,21 +2,24 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ffl_jax.data import base, cache
+from ffl_jax.data import base, cache, images
 from ffl_jax.errors import DatasetError
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """Image files: their paths, sorted, and int64 [N, 3], their size, modification and change time (ns)."""
+    """Image files: their paths, sorted, and int64 [N, 3], their size, modification and change time (ns).
+
+    `left_out` is {suffix: count} of the files that are no images by their names.
+    """
 
     paths: list[str]
     states: np.ndarray
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Files(base.Records):
@@ -26,25 +29,26 @@ class Files(base.Records):
 
     def __init__(self, root: str | os.PathLike, listing: Listing, labels: Sequence[int]):
         """Args: root: a folder above all files; the identity does not know it. labels: of the files."""
-        self._root, self._labels = os.fspath(root), np.asarray(labels, np.int32)
+        self._root, self.labels = os.fspath(root), np.asarray(labels, np.int32)
         names = [os.fsencode(os.path.relpath(path, root)) for path in listing.paths]
         # A million str objects would take 100 MB, in every worker process again.
         self._names = np.frombuffer(b"".join(names), np.uint8)
         self._ends = np.cumsum([0, *map(len, names)])
-        self.identity = base.digest(self._names, self._ends, listing.states[:, 0], self._labels)
+        self.identity = base.digest(self._names, self._ends, listing.states[:, 0], self.labels)
+        self.layout = base.digest(self._names, self._ends, self.labels)
 
     def __len__(self):
-        return len(self._labels)
+        return len(self.labels)
 
     def read(self, positions):
         for position in positions:
             begin, end = self._ends[position : position + 2]
             path = os.path.join(self._root, os.fsdecode(self._names[begin:end].tobytes()))
             try:
-                encoded = pathlib.Path(path).read_bytes()
+                encoded = images.read_file(path)
             except OSError as error:
                 raise DatasetError(f"Cannot read {path}: {error.strerror}; restore or remove it.") from error
-            yield path, encoded, int(self._labels[position])
+            yield path, encoded, int(self.labels[position])
 
 
 def splits(
@@ -67,8 +71,8 @@ def splits(
     def build() -> cache.Arrays:
         arrays = {}
         for split, one in records.items():
-            images, labels = base.decode_all(one, config.image_size, f"Decoding {name} {split}")
-            arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+            pixels, labels = base.decode_all(one, config.image_size, f"Decoding {name} {split}")
+            arrays |= {f"{split}_images": pixels, f"{split}_labels": labels}
         return arrays
 
     arrays = cache.cached(name, f"{config.image_size}\0{source}", config.cache_dir, build)
