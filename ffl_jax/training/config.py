@@ -129,13 +129,10 @@ def check(config: ConfigDict):
             "set: train one seed at a time, each with its own --config.seed and --workdir."
         )
     check_choice("config.precision", config.precision, PRECISIONS)
-    for key in ("mean", "std"):
-        if len(config.data[key]) not in (0, 3):
-            raise ConfigError(
-                f"config.data.{key} takes three channels, or none to compute it, got {config.data[key]}."
-            )
-    if any(value <= 0 for value in config.data.std) or bool(config.data.mean) != bool(config.data.std):
-        raise ConfigError("config.data: set mean and std together, each std > 0, or leave both empty.")
+    _check_channels("mean", config.data.mean, 0.0)
+    _check_channels("std", config.data.std, 1 / 255)
+    if bool(config.data.mean) != bool(config.data.std):
+        raise ConfigError("config.data: set mean and std together, or leave both empty.")
     check_choice("config.data.pad_mode", config.data.pad_mode, PAD_MODES)
     optimizers.merge_rules(config.optimizer, config.optimizer_rules)
     # With any number of classes: what does not go together is refused before the data is looked for.
@@ -144,6 +141,19 @@ def check(config: ConfigDict):
         raise ConfigError(
             f"this {config.method.name} learns from a validation split of the training images: set "
             "config.data.validation_examples, now 0."
+        )
+
+
+def _check_channels(key: str, values: tuple, least: float):
+    """Refuses a mean or std that is not in the unit of pixels 0..1; `least` is the lowest that can be."""
+    if not all(isinstance(value, int | float) for value in values) or len(values) not in (0, 3):
+        raise ConfigError(f"config.data.{key} takes three numbers, or none to compute it, got {values}.")
+    if not all(least <= value <= 1 for value in values):
+        proposed = ",".join(f"{value / 255:.4g}" for value in values)
+        advice = f" If that is of pixels from 0 to 255, set ({proposed})." if max(values) > 1 else ""
+        raise ConfigError(
+            f"config.data.{key}={values}: mean and std are those of pixels from 0 to 1, so that each {key} is in "
+            f"{least:.2g}..1.{advice}"
         )
 
 
