@@ -22,6 +22,11 @@ from ffl_jax.data import records as records_lib
 from ffl_jax.errors import ConfigError, DatasetError, ResourceError
 
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:[\d.*]+)?")
+# Those of TFDS whose classes are named by the files that they are prepared from, and not in its code.
+_NAMED_BY_FILE = (
+    *("cifar10", "cifar100", "cifar10_h", "cifar10_n", "cifar100_n", "deep_weeds", "omniglot", "stl10"),
+    "stanford_dogs",
+)
 _INSTALL = "run `pip install tensorflow` (or `pip install -e '.[prepare]'`) and the same command again"
 
 
@@ -51,12 +56,27 @@ def load(config):
                 break
         paths = [os.fspath(path) for path in builder.info.splits[name].filepaths]
         sources += [f"{path}\0{cache.file_state(path)}\0" for path in paths]
-    splits = records_lib.splits(config, builder.info.full_name, "".join(sources), records)
-    return *splits, tuple(builder.info.features[label_key].names)
+    class_names = _class_names(builder, label_key)
+    return *records_lib.splits(config, builder.info.full_name, "".join(sources), records), class_names
 
 
 def _num_examples(builder, split: str) -> int:
     return builder.info.splits[split].num_examples if split in builder.info.splits else 0
+
+
+def _class_names(builder, key: str) -> tuple[str, ...]:
+    """Raises DatasetError where the file that they were written to is gone: TFDS would number the classes."""
+    names, path = builder.info.features[key].names, pathlib.Path(builder.data_dir) / f"{key}.labels.txt"
+    if not path.exists() and names == [str(label) for label in range(len(names))]:
+        if builder.name in _NAMED_BY_FILE or builder.name not in _registered():
+            raise DatasetError(
+                f"{path}, which names the {len(names)} classes, is missing: restore it, or write one name a "
+                "line, in the order of the labels."
+            )
+        logging.info(
+            "The classes of %s have no names: they are called 0 .. %d.", builder.name, len(names) - 1
+        )
+    return tuple(names)
 
 
 class Records(base.Records):
@@ -72,6 +92,7 @@ class Records(base.Records):
         # TFDS's count of bytes as well: the files grow by 64 KiB at a time.
         sizes = np.array([info.num_bytes, *map(os.path.getsize, self._paths)])
         self.identity = base.digest(builder.info.full_name, *self._keys, *names, sizes, self._starts)
+        self.layout = base.digest(builder.info.full_name, *self._keys, *names, self._starts)
 
     def __len__(self):
         return int(self._starts[-1])
@@ -151,13 +172,13 @@ def _builder(config):
             "`name/config:1.0.0`."
         )
     short_name = re.split("[/:]", config.name)[0]
-    registered = tfds.list_builders(with_community_datasets=False)
     data_dir = os.path.abspath(os.path.expanduser(config.data_dir)) if config.data_dir else None
+    _check_regular(pathlib.Path(data_dir or tfds.core.constants.DATA_DIR) / short_name)
     try:
         with _quiet():
             return tfds.builder(config.name, data_dir=data_dir, try_gcs=False)
     except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(short_name, [*base.SOURCES, *registered], cutoff=0.5)
+        near = difflib.get_close_matches(short_name, [*base.SOURCES, *_registered()], cutoff=0.5)
         advice = (
             f"the nearest are {', '.join(near)}" if near else "see tensorflow.org/datasets for their names"
         )
@@ -171,7 +192,7 @@ def _builder(config):
             "another dataset."
         ) from error
     except Exception as error:
-        if isinstance(error, AssertionError | ValueError) and short_name in registered:
+        if isinstance(error, AssertionError | ValueError) and short_name in _registered():
             configs = ", ".join(list(tfds.builder_cls(short_name).builder_configs)[:20]) or "none"
             reason = _line(error).partition(" Here are")[0]
             raise ConfigError(
@@ -181,6 +202,20 @@ def _builder(config):
             f"The description of {config.name} in {data_dir or 'the TFDS folder'} is damaged: {_line(error)} "
             "Remove the dataset's folder and run the same command again."
         ) from error
+
+
+def _registered() -> list[str]:
+    """The names of the datasets that TFDS has code for."""
+    import tensorflow_datasets as tfds
+
+    return tfds.list_builders(with_community_datasets=False)
+
+
+def _check_regular(folder: pathlib.Path):
+    """Raises DatasetError for a pipe or device among a dataset's files, which reading would wait for."""
+    for path in folder.rglob("*"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise DatasetError(f"{path} is not a regular file; replace or remove it.")
 
 
 @contextlib.contextmanager

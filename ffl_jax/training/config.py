@@ -152,8 +152,8 @@ def _check_channels(key: str, values: tuple, least: float):
         proposed = ",".join(f"{value / 255:.4g}" for value in values)
         advice = f" If that is of pixels from 0 to 255, set ({proposed})." if max(values) > 1 else ""
         raise ConfigError(
-            f"config.data.{key}={values}: mean and std are those of pixels from 0 to 1, so that each {key} is in "
-            f"{least:.2g}..1.{advice}"
+            f"config.data.{key}={values}: mean and std are those of pixels from 0 to 1, so that each {key} "
+            f"is in {least:.2g}..1.{advice}"
         )
 
 
