@@ -4,7 +4,8 @@ import abc
 import concurrent.futures
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -138,7 +139,6 @@ def decode_all(records: Records, image_size: int, title: str) -> tuple[np.ndarra
     Raises:
       DatasetError: naming the first image, in order of position, that cannot be used. None is skipped.
     """
-    import tqdm
 
     def decode(where: str, encoded: bytes) -> np.ndarray:
         with damage_named(where, encoded, records.remedy):
@@ -157,7 +157,7 @@ def decode_all(records: Records, image_size: int, title: str) -> tuple[np.ndarra
             f"memory; set a smaller config.data.image_size, or config.data.streaming=True."
         ) from error
 
-    def fill(chunk: range) -> int:
+    def fill(chunk: range):
         for position, (where, encoded, label) in zip(chunk, records.read(chunk), strict=True):
             image = decode(where, encoded)
             if image.shape != first.shape:
@@ -166,16 +166,27 @@ def decode_all(records: Records, image_size: int, title: str) -> tuple[np.ndarra
                     f"{first.shape[1]}x{first.shape[0]}: set config.data.image_size to bring all to one size."
                 )
             images[position], labels[position] = image, label
-        return len(chunk)
 
     # Threads pass the interpreter lock around more than they decode where images are tiny: few are faster.
-    executor = concurrent.futures.ThreadPoolExecutor(4 if len(first_encoded) < 4096 else None)
+    for _ in in_threads(fill, count, title, 4 if len(first_encoded) < 4096 else None):
+        pass
+    return images, labels
+
+
+def in_threads(work: Callable[[range], Any], count: int, title: str, threads: int | None = None) -> Iterator:
+    """What `work` gives for each of the consecutive parts of range(count), in order, behind a progress bar.
+
+    An error or a signal ends it at once, not after the parts that are left.
+    """
+    import tqdm
+
+    executor = concurrent.futures.ThreadPoolExecutor(threads)
     try:
         chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-        futures = [executor.submit(fill, chunk) for chunk in chunks]
+        futures = [executor.submit(work, chunk) for chunk in chunks]
         with tqdm.tqdm(total=count, desc=title, unit="image", delay=1, leave=False, disable=None) as bar:
-            for future in futures:
-                bar.update(future.result())
-    finally:  # An error or a signal ends the run at once, not after the images that are left.
+            for chunk, future in zip(chunks, futures, strict=True):
+                yield future.result()
+                bar.update(len(chunk))
+    finally:
         executor.shutdown(cancel_futures=True)
-    return images, labels

@@ -51,13 +51,13 @@ def _checksum(key: str, arrays: Arrays) -> str:
 
 def _read(path: pathlib.Path, key: str) -> Arrays | None:
     """The arrays of a cache file; None if it is missing, or damaged in any way."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return None
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         if str(arrays.pop("checksum")) != _checksum(key, arrays):
             raise ValueError("its checksum does not match its content")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except Exception as error:  # Damage shows as zip, zlib, value, key or system errors.
         logging.warning("The cache file %s is damaged and is made again: %s", path, error)
         return None

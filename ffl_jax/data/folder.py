@@ -169,6 +169,9 @@ def list_files(top: pathlib.Path, folders: list[str]) -> dict[str, records.Listi
                 others.total(),
                 counts,
             )
+    refused = [message for listing in found.values() for message in listing.refused]
+    if refused:
+        raise DatasetError(f"{some(refused)}; replace or remove what is named.")
     empty = [folder for folder, listing in found.items() if not listing.paths]
     if empty:
         raise DatasetError(f"{top} has class folders without an image: {some(empty)}; fill or remove them.")
@@ -239,9 +242,14 @@ def _walk(folder: str | os.PathLike) -> tuple[list[str], collections.Counter]:
 
 def _list(folder: pathlib.Path) -> records.Listing:
     paths, left_out = _walk(folder)
-    states = []
+    states, refused = [], []
     for path in paths:
-        state = os.stat(path)
-        images.check_regular(path, state)
-        states.append((state.st_size, state.st_mtime_ns, state.st_ctime_ns))
-    return records.Listing(paths, np.array(states, np.int64).reshape(-1, 3), left_out)
+        try:
+            state = os.stat(path)
+            images.check_regular(path, state)
+            states.append((state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+        except OSError as error:
+            refused.append(f"{path} cannot be read ({error.strerror})")
+        except DatasetError as error:
+            refused.append(str(error))
+    return records.Listing(paths, np.array(states, np.int64).reshape(-1, 3), left_out, refused)

@@ -48,15 +48,15 @@ def suffixes() -> frozenset[str]:
 
 
 def check_regular(path: str | os.PathLike, state: os.stat_result):
-    """Raises DatasetError for what never ends or never begins when it is read, and for what is too large."""
+    """Raises DatasetError, without advice, for what never ends or begins when it is read, or is too large."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
     if not stat.S_ISREG(state.st_mode):
         kind = kinds.get(stat.S_IFMT(state.st_mode), "a device")
-        raise DatasetError(f"{os.fspath(path)} is {kind}, not a file; replace or remove it.")
+        raise DatasetError(f"{os.fspath(path)} is {kind}, not a file")
     if state.st_size > MAX_FILE_BYTES:
         raise DatasetError(
             f"{os.fspath(path)} has {state.st_size / 1e9:.1f} GB, and at most {MAX_FILE_BYTES / 1e9:.1f} GB "
-            "are read of a file; replace or remove it."
+            "are read of a file"
         )
 
 

@@ -14,12 +14,14 @@ from ffl_jax.errors import DatasetError
 class Listing:
     """Image files: their paths, sorted, and int64 [N, 3], their size, modification and change time (ns).
 
-    `left_out` is {suffix: count} of the files that are no images by their names.
+    `left_out` is {suffix: count} of the files that are no images by their names; `refused` says which files
+    cannot be read, and why.
     """
 
     paths: list[str]
     states: np.ndarray
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    refused: Sequence[str] = ()
 
 
 class Files(base.Records):

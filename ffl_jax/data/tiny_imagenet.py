@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from ffl_jax.data import base, folder, records
+from ffl_jax.data import base, folder, images, records
 from ffl_jax.errors import DatasetError
 
 _LAYOUT = (
@@ -57,7 +57,7 @@ def _table(path: pathlib.Path) -> dict[str, str]:
 
 def _lines(path: pathlib.Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return [line for line in images.read_file(path).decode("utf-8").splitlines() if line]
     except FileNotFoundError as error:
         raise DatasetError(
             f"config.data.data_dir has no {path}; {_LAYOUT}. Where val has class folders, set "
