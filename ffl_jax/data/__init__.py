@@ -164,7 +164,7 @@ def _carve(config, train, class_names):
             raise DatasetError(
                 f"config.data.validation_examples={count} takes all training images of {len(emptied)} of "
                 f"{len(class_names)} classes ({folder.some(emptied)}): set it lower; a tenth of the "
-                f"{total} training images is {total // 10}."
+                f"{total} training images is {max(1, total // 10)}."
             )
         halved = [class_names[label] for label in np.flatnonzero(2 * after < before)]
         if halved:
