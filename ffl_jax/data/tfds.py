@@ -17,9 +17,9 @@ import resource
 import numpy as np
 from absl import logging as absl_logging
 
-from ffl_jax.data import base, cache
+from ffl_jax.data import base, cache, images
 from ffl_jax.data import records as records_lib
-from ffl_jax.errors import ConfigError, DatasetError, ResourceError
+from ffl_jax.errors import ConfigError, DatasetError, FFLError, ResourceError
 
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:[\d.*]+)?")
 # Those of TFDS whose classes are named by the files that they are prepared from, and not in its code.
@@ -33,15 +33,30 @@ _INSTALL = "run `pip install tensorflow` (or `pip install -e '.[prepare]'`) and 
 def load(config):
     """Reads `config.name` (`name`, `name/config` or `name/config:version`), and prepares it first if need be.
 
-    The test split is `test`, or `validation` for datasets without one and where `test` has no labels.
+    The test split is `test`, or `validation` for datasets without one and where `test` has no labels; else
+    `validation` is the validation split.
     """
     builder = _builder(config)
     if not (pathlib.Path(builder.data_dir) / "dataset_info.json").exists():
         _prepare(builder, config)
         builder = _builder(config)
-    image_key, label_key = _keys(config.name, builder.info)
+    try:
+        keys = _keys(config.name, builder.info)
+        records = _records(config, builder, *keys)
+        class_names = _class_names(builder, keys[1])
+    except (FFLError, MemoryError, OSError):
+        raise
+    except Exception as error:  # words and numbers that lead nowhere, in a dozen types
+        raise _damaged(config.name, builder.data_dir, error) from error
+    source = "\0".join((builder.info.full_name, *keys))
+    source += "".join(f"{path}\0{cache.file_state(path)}\0" for one in records.values() for path in one.paths)
+    return *records_lib.splits(config, builder.info.full_name, source, records), class_names
+
+
+def _records(config, builder, image_key: str, label_key: str) -> dict[str, "Records"]:
+    """What is read of each split: `train`, `test`, perhaps `validation`. Says what is not used."""
     candidates = {"train": ("train",), "test": ("test", "validation")}
-    records, sources = {}, [f"{builder.info.full_name}\0{image_key}\0{label_key}"]
+    records, unused = {}, set(builder.info.splits) - {"train"}
     for role, names in candidates.items():
         filled = [name for name in names if _num_examples(builder, name)]
         if not filled:
@@ -54,10 +69,16 @@ def load(config):
             records[role] = Records(builder, name, image_key, label_key)
             if records[role].labelled():
                 break
-        paths = [os.fspath(path) for path in builder.info.splits[name].filepaths]
-        sources += [f"{path}\0{cache.file_state(path)}\0" for path in paths]
-    class_names = _class_names(builder, label_key)
-    return *records_lib.splits(config, builder.info.full_name, "".join(sources), records), class_names
+    unused.discard(name)
+    if name == "test" and _num_examples(builder, "validation") and not config.validation_examples:
+        _check_files(builder, "validation")
+        validation = Records(builder, "validation", image_key, label_key)
+        if validation.labelled():
+            records["validation"] = validation
+            unused.discard("validation")
+    if unused:
+        logging.info("Splits of %s that are not used: %s.", config.name, ", ".join(sorted(unused)))
+    return records
 
 
 def _num_examples(builder, split: str) -> int:
@@ -67,7 +88,8 @@ def _num_examples(builder, split: str) -> int:
 def _class_names(builder, key: str) -> tuple[str, ...]:
     """Raises DatasetError where the file that they were written to is gone: TFDS would number the classes."""
     names, path = builder.info.features[key].names, pathlib.Path(builder.data_dir) / f"{key}.labels.txt"
-    if not path.exists() and names == [str(label) for label in range(len(names))]:
+    written = path.exists() and images.read_file(path).strip()
+    if not written and names == [str(label) for label in range(len(names))]:
         if builder.name in _NAMED_BY_FILE or builder.name not in _registered():
             raise DatasetError(
                 f"{path}, which names the {len(names)} classes, is missing: restore it, or write one name a "
@@ -85,12 +107,12 @@ class Records(base.Records):
     def __init__(self, builder, split: str, image_key: str, label_key: str):
         info = builder.info.splits[split]
         self._keys, self._num_classes = (image_key, label_key), builder.info.features[label_key].num_classes
-        self._paths = [os.fspath(path) for path in info.filepaths]
+        self.paths = [os.fspath(path) for path in info.filepaths]
         self._starts = np.cumsum([0, *info.shard_lengths])
         self.remedy = f"run `rm -r {builder.data_dir}` and the same command again"
-        names = [os.path.basename(path) for path in self._paths]
+        names = [os.path.basename(path) for path in self.paths]
         # TFDS's count of bytes as well: the files grow by 64 KiB at a time.
-        sizes = np.array([info.num_bytes, *map(os.path.getsize, self._paths)])
+        sizes = np.array([info.num_bytes, *map(os.path.getsize, self.paths)])
         self.identity = base.digest(builder.info.full_name, *self._keys, *names, sizes, self._starts)
         self.layout = base.digest(builder.info.full_name, *self._keys, *names, self._starts)
 
@@ -113,7 +135,7 @@ class Records(base.Records):
 
     def _where(self, position: int) -> str:
         shard = np.searchsorted(self._starts, position, side="right") - 1
-        return f"Record {position - self._starts[shard]} of {self._paths[shard]}"
+        return f"Record {position - self._starts[shard]} of {self.paths[shard]}"
 
     def _parse(self, position: int, record: bytes) -> tuple[bytes, int]:
         from tensorflow_datasets.proto import tf_example_pb2
@@ -141,11 +163,11 @@ class Records(base.Records):
     def _files(self):
         from array_record.python import array_record_data_source
 
-        _allow_open_files(len(self._paths))
+        _allow_open_files(len(self.paths))
         # With their lengths given, the files are opened only when they are read.
         lengths = np.diff(self._starts)
         return array_record_data_source.ArrayRecordDataSource(
-            [f"{path}[0:{length}]" for path, length in zip(self._paths, lengths, strict=True)]
+            [f"{path}[0:{length}]" for path, length in zip(self.paths, lengths, strict=True)]
         )
 
 
@@ -198,10 +220,14 @@ def _builder(config):
             raise ConfigError(
                 f"config.data.name {config.name!r}: {reason} Known configurations: {configs}."
             ) from error
-        raise DatasetError(
-            f"The description of {config.name} in {data_dir or 'the TFDS folder'} is damaged: {_line(error)} "
-            "Remove the dataset's folder and run the same command again."
-        ) from error
+        raise _damaged(config.name, data_dir or "the TFDS folder", error) from error
+
+
+def _damaged(name: str, folder: str, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"The description of {name} in {folder} is damaged: {_line(error)} "
+        "Remove the dataset's folder and run the same command again."
+    )
 
 
 def _registered() -> list[str]:

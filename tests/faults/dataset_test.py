@@ -1,0 +1,444 @@
+"""What can be wrong with a dataset and its settings: the fault, and the words of the one line about it."""
+
+import contextlib
+import os
+import shutil
+import socket
+import struct
+import unicodedata
+import zlib
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from data_folder_test import BLUE, GREEN, RED, encode, make_config, png, save
+from data_tfds_test import make_config as tfds_config
+from data_tfds_test import three_shards, write_dataset
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ffl_jax import data, doctor, main
+from ffl_jax.data import cache, folder, images
+from ffl_jax.errors import DatasetError, FFLError
+
+FLIPS = 500 if os.environ.get("FFL_LONG_FAULTS") else 15
+STREAMED = {"streaming": True, "image_size": 4, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two classes with four training and two test images each, of 6x4 pixels."""
+    root = tmp_path / "images"
+    for split, count in (("train", 4), ("test", 2)):
+        for name, colour in (("ant", RED), ("bee", BLUE)):
+            for number in range(count):
+                save(root / split / name / f"{number}.png", colour)
+    return root
+
+
+def write(content):
+    return lambda path: path.write_bytes(content)
+
+
+def picture(image, **options):
+    return lambda path: image.save(path, **options)
+
+
+def sparse(path):
+    with open(path, "wb") as file:
+        file.truncate(images.MAX_FILE_BYTES + 1)
+
+
+def bind(path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(path))
+
+
+def header(width, height):
+    """A PNG file that says that it has so many pixels."""
+    made = bytearray(png(8, 0, [b"\0"]))
+    made[12:29] = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    made[29:33] = struct.pack(">I", zlib.crc32(made[12:29]))
+    return bytes(made)
+
+
+def missing_rows():
+    """A PNG file of 2x4 pixels with the rows of 2x2, and all checksums right."""
+    made = png(8, 0, [b"\1\2"] * 2)
+    return made[:12] + header(2, 4)[12:33] + made[33:]
+
+
+# A file train/ant/bad.SUFFIX: what it is, and the words of the line that names it.
+FILES = {
+    "named pipe": ("png", os.mkfifo, "is a named pipe, not a file"),
+    "socket": ("png", bind, "is a socket, not a file"),
+    "device": ("png", lambda path: path.symlink_to("/dev/zero"), "is a device, not a file"),
+    "folder": ("jpg", os.mkdir, "is a folder, not a file"),
+    "dangling link": ("png", lambda path: path.symlink_to("nowhere"), "No such file or directory"),
+    "link to itself": ("png", lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+    "never-ending file": ("png", lambda path: path.symlink_to("/proc/kmsg"), "it has 0 bytes"),
+    "1 GiB and a byte": ("png", sparse, "at most 1.1 GB are read of a file"),
+    "text": ("webp", write(b"hello"), "not a PNG or JPEG image, nor any other"),
+    "no pixels": ("png", write(header(0, 5)), "cannot be decoded"),
+    "10 gigapixels": ("png", write(header(100_000, 100_000)), "exceeds limit"),
+    "150 megapixels": ("png", write(header(15_000, 10_000)), "it has 15000x10000 pixels, and at most 134"),
+    "ten million by one": (
+        "png",
+        write(png(1, 0, [bytes(1_250_000)])),
+        "of 6 it would have 60000000x6 pixels",
+    ),
+    "rows missing": ("png", write(missing_rows()), "6 of 12 bytes of its pixels are missing"),
+    "no end": ("png", write(png(8, 0, [bytes(6)] * 4)[:-12]), "truncated"),
+    "32-bit values": ("tif", picture(Image.fromarray(np.full((4, 6), 70_000, np.int32))), "outside 0..65535"),
+    "fractions": ("tif", picture(Image.fromarray(np.ones((4, 6), np.float32))), "numbers with fractions"),
+}
+
+
+def load(root):
+    data.load(make_config(root, image_size=6))
+
+
+def examine(root):
+    doctor.command(["doctor", *flags(root, image_size=6)])
+
+
+@pytest.mark.parametrize("use", [load, examine])
+@pytest.mark.parametrize("fault", FILES)
+def test_bad_files_are_named(root, fault, use, monkeypatch):
+    """By loading, before training, and by the doctor, who looks at all of them."""
+    suffix, make, words = FILES[fault]
+    bad = root / f"train/ant/bad.{suffix}"
+    monkeypatch.chdir(bad.parent)
+    make(bad)
+    with pytest.raises(DatasetError) as caught:
+        use(root)
+    message = str(caught.value)
+    assert [word for word in (words, str(bad)) if word not in message] == [], message
+    assert "\n" not in message
+
+
+def flags(root, **settings):
+    settings = {"data_dir": root, "cache_dir": f"{root}_cache"} | settings
+    file = ROOT / "configs/folder.py"
+    preset = "method=independent,network=tiny"
+    return (
+        f"--config={file}:{preset}",
+        "--config.batch_size=4",
+        *(f"--config.data.{key}={value}" for key, value in settings.items()),
+    )
+
+
+def test_the_doctor_names_all_bad_images_in_one_pass(root, capsys):
+    bad = [root / name for name in ("train/ant/0.png", "train/bee/3.png", "test/bee/1.png")]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DatasetError, match="3 of 12 images cannot be used, see above"):
+        examine(root)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(f"{path} cannot be decoded" in line for line in lines) for path in bad)
+
+
+def test_the_doctor_says_what_is_in_the_images(root, capsys):
+    Image.new("L", (7, 5)).save(root / "train/ant/grey.png")
+    examine(root)
+    text = capsys.readouterr().out
+    assert "train: 9 images of 6 to 7 x 4 to 5 pixels (RGB 8, L 1)" in text
+    assert "train: ant 5, bee 4" in text
+
+
+@pytest.mark.parametrize(
+    ("fault", "do", "settings", "words"),
+    [
+        (
+            "two classes that look alike",
+            lambda root: [
+                shutil.copytree(root / "train/ant", root / "train" / unicodedata.normalize(form, "é"))
+                for form in ("NFC", "NFD")
+            ],
+            {},
+            "two folders each that look alike",
+        ),
+        ("a class linked to itself", lambda root: (root / "train/c").symlink_to("c"), {}, "Too many levels"),
+        (
+            "a class without images",
+            lambda root: (root / "train/cat").mkdir(),
+            {},
+            "without an image: train/cat",
+        ),
+        (
+            "val has other classes",
+            lambda root: shutil.copytree(root / "test/ant", root / "val/ant"),
+            {},
+            "only in train: bee",
+        ),
+        (
+            "validation takes a class",
+            lambda root: [save(root / split / "cat/0.png", GREEN) for split in ("train", "test")],
+            {"validation_examples": 8},
+            "takes all training images of",
+        ),
+        (
+            "validation takes a streamed class",
+            lambda root: [save(root / split / "cat/0.png", GREEN) for split in ("train", "test")],
+            STREAMED | {"validation_examples": 8},
+            "takes all training images of",
+        ),
+    ],
+)
+def test_bad_trees_are_refused(root, fault, do, settings, words):
+    do(root)
+    with pytest.raises(DatasetError, match=words) as caught:
+        data.load(make_config(root, **settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_on_classes_and_files(root, monkeypatch):
+    monkeypatch.setattr(folder, "MAX_CLASSES", 1)
+    with pytest.raises(DatasetError, match="train has 2 folders, and at most 1 classes"):
+        data.load(make_config(root))
+    monkeypatch.undo()
+    monkeypatch.setattr(folder, "MAX_FILES", 3)
+    with pytest.raises(DatasetError, match="ant has over 3 files"):
+        data.load(make_config(root))
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("mean=(125,123,114)", r"pixels from 0 to 1.*set \(0.4902,0.4824,0.4471\)"),
+        ("std=(58,57,57)", r"pixels from 0 to 1.*set \(0.2275,0.2235,0.2235\)"),
+        ("std=(0.001,0.001,0.001)", "each std is in 0.0039..1"),
+        ("mean=('a','b','c')", "mean takes three numbers"),
+        ("mean=(0.5,0.5)", "mean takes three numbers"),
+        ("mean=(nan,0.5,0.5)", "config.data.mean"),
+        ("image_size=100000", "counts the pixels of one side"),
+    ],
+)
+def test_settings_in_another_unit_are_refused(flag, words, root, monkeypatch):
+    monkeypatch.chdir(root)
+    both = {"mean": "(0.5,0.5,0.5)", "std": "(0.2,0.2,0.2)"} | dict([flag.split("=")])
+    with pytest.raises(Exception, match=words) as caught:
+        main.command(["main", *flags(root, **both), f"--workdir={root}/run"])
+    assert getattr(caught.value, "exit_code", 2) == 2
+
+
+def test_what_is_left_out_is_said(root, caplog):
+    caplog.set_level("INFO")
+    (root / "train/ant/a.txt").touch()
+    (root / "train/bee/README").touch()
+    (root / "train/loose.png").touch()
+    (root / "test/missing").symlink_to("nowhere")
+    (root / "extra").mkdir()
+    save(root / "train/ant/@eaDir/0.png", GREEN)
+    save(root / "train/__MACOSX/0.png", GREEN)
+    (root / "train/ant/Thumbs.db").touch()
+    assert len(data.load(make_config(root)).train) == 8
+    assert sorted(caplog.messages) == [
+        f"Folders of {root} that are not used: extra.",
+        f"Left out of {root}/test, beside its class folders: missing.",
+        f"Left out of {root}/train, beside its class folders: loose.png.",
+        f"Left out of {root}/train: 2 files that are no images by their suffixes: .txt 1, none 1.",
+    ]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_val_beside_test_is_the_validation_split(root, name, streamed, caplog):
+    caplog.set_level("INFO")
+    settings = STREAMED if streamed else {}
+    before = data.load(make_config(root, **settings))
+    save(root / name / "ant/0.png", GREEN)
+    save(root / name / "bee/0.png", GREEN)
+    dataset = data.load(make_config(root, **settings))
+    assert (len(dataset.train), len(dataset.test), len(dataset.validation)) == (8, 4, 2)
+    assert dataset.fingerprint != before.fingerprint
+    assert f"The validation split is {root}/{name}." in caplog.text
+    carved = data.load(make_config(root, validation_examples=2, **settings))
+    assert (len(carved.train), len(carved.validation)) == (6, 2)
+    assert f"not used: {name}. To use {name}, set config.data.validation_examples=0." in caplog.text
+
+
+def test_val_beside_an_unlabelled_test_is_the_test_split(root, caplog):
+    """As ImageNet is unpacked."""
+    caplog.set_level("INFO")
+    (root / "test").rename(root / "val")
+    save(root / "test/images/0.png", GREEN)
+    assert len(data.load(make_config(root)).test) == 4
+    assert f"The test split is {root}/val" in caplog.text
+    assert "not used: test." in caplog.text
+
+
+def test_a_class_that_loses_over_half_is_named(root, caplog):
+    data.load(make_config(root, validation_examples=6))
+    assert "takes over half of the training images of: ant, bee." in caplog.text
+
+
+def test_classes_that_look_alike_are_one(root):
+    for split, form in (("train", "NFD"), ("test", "NFC")):
+        (root / split / "ant").rename(root / split / unicodedata.normalize(form, "améise"))
+    assert data.load(make_config(root)).class_names == ("améise", "bee")
+
+
+def large_text(path):
+    info = PngInfo()
+    info.add_text("text", "x" * 3_000_000, zip=True)
+    info.add_itxt("XML:com.adobe.xmp", "y" * 3_000_000, zip=True)
+    Image.new("RGB", (6, 4), GREEN).save(path, pnginfo=info, icc_profile=bytes(3_000_000))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "make"),
+    [
+        ("webp", picture(Image.new("RGB", (6, 4), GREEN), lossless=True)),
+        *((suffix, picture(Image.new("RGB", (6, 4), GREEN))) for suffix in ("bmp", "gif", "tif", "ppm")),
+        *((suffix, picture(Image.new("RGB", (6, 4), GREEN))) for suffix in ("tga", "pcx", "sgi", "TIFF")),
+        *(
+            (
+                suffix,
+                picture(
+                    Image.new("RGB", (6, 4), GREEN), save_all=True, append_images=[Image.new("RGB", (6, 4))]
+                ),
+            )
+            for suffix in ("gif", "png", "tiff")
+        ),
+        ("png", large_text),
+        ("png", picture(Image.fromarray(np.full((4, 6), 128 * 257, np.uint16)))),
+        ("tif", picture(Image.new("CMYK", (6, 4), (255, 0, 255, 0)))),
+    ],
+)
+def test_unusual_images_are_read(root, suffix, make):
+    """The first of several pictures; grey as grey."""
+    make(root / f"train/ant/00.{suffix}")
+    image = data.load(make_config(root)).train.images[1]
+    expected = (128,) * 3 if image[0, 0, 0] else GREEN
+    np.testing.assert_array_equal(image, np.broadcast_to(expected, (4, 6, 3)))
+
+
+def interlaced(pixels, bit_depth):
+    """A PNG of grey or RGB pixels in seven passes, as figure 8.2 of the PNG specification draws them."""
+    odd = "77777777"
+    pattern = ("16462646", odd, "56565656", odd, "36463646", odd, "56565656", odd)
+    grid = np.array([[int(number) for number in row] for row in pattern])
+    height, width = pixels.shape[:2]
+    numbers = np.tile(grid, (-(-height // 8), -(-width // 8)))[:height, :width]
+    data = b""
+    for number in range(1, 8):
+        for row in range(height):
+            chosen = pixels[row][numbers[row] == number]
+            if chosen.size:
+                data += b"\0" + (np.packbits(chosen).tobytes() if bit_depth == 1 else chosen.tobytes())
+
+    def chunk(kind, content):
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    colour = 2 if pixels.ndim == 3 else 0
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bit_depth, colour, 0, 0, 1))
+    parts = [chunk(b"IDAT", part) for part in (zlib.compress(data), b"")]  # in several parts, one empty
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(parts) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (5, 2), (3, 9), (9, 3), (16, 17)])
+def test_interlaced_pngs_are_whole(size):
+    rng = np.random.default_rng(0)
+    for bit_depth, shape in ((8, (*size, 3)), (1, size)):
+        pixels = rng.integers(0, 2**bit_depth, shape, np.uint8)
+        expected = pixels if bit_depth == 8 else 255 * pixels[..., None].repeat(3, -1)
+        np.testing.assert_array_equal(images.decode_image(interlaced(pixels, bit_depth)), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "interlaced"])
+def test_flipped_bits_of_a_png_are_seen(mode):
+    """No flip changes a pixel without a word."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (16, 16, 4), np.uint8)
+    encoded = (
+        interlaced(noise[..., :3], 8)
+        if mode == "interlaced"
+        else encode(Image.fromarray(noise).convert(mode))
+    )
+    expected = images.decode_image(encoded)
+    for position, bit in zip(
+        rng.integers(len(encoded), size=FLIPS), rng.integers(8, size=FLIPS), strict=True
+    ):
+        flipped = bytearray(encoded)
+        flipped[position] ^= 1 << bit
+        try:
+            decoded = images.decode_image(bytes(flipped))
+        except Exception:
+            continue
+        np.testing.assert_array_equal(decoded, expected, f"byte {position}, bit {bit}")
+
+
+def flip_used_bytes(path, rng):
+    """Flips a bit where there is something: ArrayRecord fills its files up with zeros."""
+    content = bytearray(path.read_bytes())
+    used = np.flatnonzero(np.frombuffer(content, np.uint8))
+    content[rng.choice(used)] ^= 1 << rng.integers(8)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["made-train.array_record-00001-of-00002", "features.json", "dataset_info.json"]
+)
+def test_flipped_bits_of_a_prepared_dataset_are_seen(tmp_path, name):
+    """Each is refused in one line, or nothing has changed."""
+    path = write_dataset(tmp_path / "made/1.0.0", three_shards()) / name
+    config, whole = tfds_config(tmp_path, cache_dir="/dev/null"), path.read_bytes()
+    expected, rng = data.load(config).fingerprint, np.random.default_rng(0)
+    found = []
+    for _ in range(FLIPS):
+        flip_used_bytes(path, rng)
+        with contextlib.suppress(FFLError):
+            found.append(data.load(config).fingerprint)
+        path.write_bytes(whole)
+    assert set(found) <= {expected}
+
+
+@pytest.mark.parametrize("fault", ["names missing", "names emptied", "pipe for names", "pipe for records"])
+def test_prepared_datasets_lose_no_names_and_are_not_waited_for(tmp_path, fault):
+    folder = write_dataset(tmp_path / "made/1.0.0", three_shards())
+    path = folder / ("made-test.array_record-00000-of-00001" if "records" in fault else "label.labels.txt")
+    path.unlink()
+    if "pipe" in fault:
+        os.mkfifo(path)
+    elif "emptied" in fault:
+        path.touch()
+    with pytest.raises(DatasetError) as caught:
+        data.load(tfds_config(tmp_path))
+    assert str(path if "emptied" not in fault else tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_tfds_never_had_are_numbers(tmp_path):
+    """As those of Fashion-MNIST, of which TFDS has code."""
+    folder = write_dataset(tmp_path / "fashion_mnist/3.0.1", three_shards(), name="fashion_mnist")
+    (folder / "label.labels.txt").unlink()
+    assert data.load(tfds_config(tmp_path, name="fashion_mnist:3.0.1")).class_names == ("0", "1", "2")
+
+
+def test_flipped_bits_of_the_cache_are_seen(tmp_path):
+    made = {"a": np.arange(300, dtype=np.uint8).reshape(3, 100), "b": np.array([3, 4], np.int32)}
+    rng = np.random.default_rng(0)
+    for _ in range(FLIPS):
+        cache.cached("set", "source", str(tmp_path), lambda: made)
+        (path,) = tmp_path.iterdir()
+        flip_used_bytes(path, rng)
+        np.testing.assert_equal(cache.cached("set", "source", str(tmp_path), lambda: made), made)
+    path.unlink()
+    os.mkfifo(path)
+    np.testing.assert_equal(cache.cached("set", "source", str(tmp_path), lambda: made), made)
+
+
+def test_a_repaired_file_keeps_the_layout_and_a_removed_one_does_not(root):
+    """What a run that streams compares its dataset by when it continues."""
+    first = data.load(make_config(root, **STREAMED))
+    path = root / "train/ant/0.png"
+    save(path, GREEN, (7, 7))
+    repaired = data.load(make_config(root, **STREAMED))
+    path.unlink()
+    removed = data.load(make_config(root, **STREAMED))
+    assert len({first.fingerprint, repaired.fingerprint, removed.fingerprint}) == 3
+    assert first.layout == repaired.layout != removed.layout
+    assert data.load(make_config(root)).layout == ""
