@@ -245,7 +245,7 @@ def damage(folder, kind):
         return ["half-prepared", shard.name, f"rm -r {folder}"]
     if kind == "records missing":
         write_records(shard, *examples(200, seed=1))
-        return ["Record 200", str(shard)]
+        return [f"{shard} has 200 records, and 300 by dataset_info.json", f"rm -r {folder}"]
     if kind == "not an image":
         writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1")
         for _ in range(300):

@@ -3,6 +3,7 @@
 Only preparing a dataset (download, check, convert to ArrayRecord) needs TensorFlow, once.
 """
 
+import concurrent.futures
 import contextlib
 import difflib
 import errno
@@ -27,6 +28,7 @@ _NAMED_BY_FILE = (
     *("cifar10", "cifar100", "cifar10_h", "cifar10_n", "cifar100_n", "deep_weeds", "omniglot", "stl10"),
     "stanford_dogs",
 )
+_COUNTING_THREADS = 16  # that wait for the disk or the network
 _INSTALL = "run `pip install tensorflow` (or `pip install -e '.[prepare]'`) and the same command again"
 
 
@@ -346,12 +348,37 @@ def _check_files(builder, split: str):
             f"config.data.data_dir; then {_INSTALL}."
         )
     builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
-    missing = [path for path in builder.info.splits[split].filepaths if not path.exists()]
+    info = builder.info.splits[split]
+    missing = [path for path in info.filepaths if not path.exists()]
     if missing:
         raise DatasetError(
             f"{builder.data_dir} is half-prepared, {missing[0].name} is missing: run "
             f"`rm -r {builder.data_dir}` and the same command again."
         )
+    paths, lengths = map(list, (info.filepaths, info.shard_lengths))
+    with concurrent.futures.ThreadPoolExecutor(_COUNTING_THREADS) as executor:
+        counts = executor.map(lambda path: _count(path, builder.data_dir), paths)
+        for path, count, length in zip(paths, counts, lengths, strict=True):
+            if count != length:
+                raise DatasetError(
+                    f"{path} has {count} records, and {length} by dataset_info.json: run "
+                    f"`rm -r {builder.data_dir}` and the same command again."
+                )
+
+
+def _count(path, data_dir) -> int:
+    """The number of records in a file, from its end: a millisecond."""
+    from array_record.python import array_record_module
+
+    try:
+        reader = array_record_module.ArrayRecordReader(os.fspath(path))
+        count = reader.num_records()
+        reader.close()
+    except Exception as error:
+        raise DatasetError(
+            f"{path} is damaged: {_line(error)} Run `rm -r {data_dir}` and the same command again."
+        ) from error
+    return count
 
 
 def _line(error: Exception) -> str:
