@@ -1,5 +1,7 @@
 """CINIC-10: 270 000 images of 32x32 pixels, CIFAR-10's and downsampled ImageNet's (arXiv 1810.03505)."""
 
+import logging
+
 from ffl_jax.data import base, folder
 from ffl_jax.errors import DatasetError
 
@@ -14,6 +16,7 @@ _LAYOUT = (
 def load(config):
     """Reads the published tree in `config.data_dir`; its third folder, `valid`, is left out."""
     top = folder.root(config, "CINIC-10", _LAYOUT)
+    logging.info("The split valid of CINIC-10 is not used.")
     train, test, class_names = folder.load_tree(config, top, "test", _LAYOUT)
     if class_names != CLASSES:
         raise DatasetError(
