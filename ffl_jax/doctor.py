@@ -12,9 +12,9 @@ USAGE = """
 python -m ffl_jax.doctor [--config=configs/DATA.py[:PRESETS]] [--workdir=DIR] [--config.KEY=VALUE ...]
 
 Prints versions, devices, free space, whether the configuration is sound, its dataset and teachers found, and
-what to run next. Decodes every image once, about 400 a second for each processor, and names those that cannot
-be used. Writes nothing but the cache of the decoded dataset. Ends with the exit code that training would be
-refused with.
+what to run next. Decodes every image once, some 200 photographs a second for each processor, and names those
+that cannot be used. Writes nothing but the cache of the decoded dataset. Ends with the exit code with which
+training would be refused.
 """
 
 

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from ffl_jax.data import base, crops, images, tfds
+from ffl_jax.data import base, crops, limits, tfds
 from ffl_jax.data import cinic10 as cinic10
 from ffl_jax.data import digits as digits
 from ffl_jax.data import folder as folder
@@ -100,10 +100,10 @@ def _check_settings(config):
     for key in ("validation_examples", "image_size", "workers"):
         if config[key] < 0:
             raise ConfigError(f"config.data.{key} must be 0 or more, got {config[key]}.")
-    if config.image_size**2 > images.MAX_PIXELS:
+    if config.image_size**2 > limits.MAX_PIXELS:
         raise ConfigError(
             f"config.data.image_size={config.image_size} counts the pixels of one side, and at most "
-            f"{images.MAX_PIXELS / 1e6:.0f} million pixels are allowed in all: set it lower."
+            f"{limits.MAX_PIXELS / 1e6:.0f} million pixels are allowed in all: set it lower."
         )
     check_choice("config.data.crop", config.crop, crops.CROPS)
     if not config.streaming and config.crop != "pad":

@@ -11,11 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ffl_jax.data import base, images, records
+from ffl_jax.data import base, images, limits, records
 from ffl_jax.errors import DatasetError
 
-MAX_CLASSES = 500_000
-MAX_FILES = 50_000_000  # of a folder
 _LAYOUT = (
     "it must hold train/<class>/* and test/<class>/* (or val/<class>/*) with images, PNG or JPEG files say"
 )
@@ -116,9 +114,9 @@ def class_folders(top: pathlib.Path, split: str, layout: str) -> dict[str, str]:
         folders, beside = _folders(top / split)
     if not folders:
         raise DatasetError(f"{top / split} has no class folders; {layout}.")
-    if len(folders) > MAX_CLASSES:
+    if len(folders) > limits.MAX_CLASSES:
         raise DatasetError(
-            f"{top / split} has {len(folders)} folders, and at most {MAX_CLASSES} classes are allowed."
+            f"{top / split} has {len(folders)} folders, and at most {limits.MAX_CLASSES} classes are allowed."
         )
     if beside:
         logging.warning("Left out of %s, beside its class folders: %s.", top / split, some(beside))
@@ -235,8 +233,8 @@ def _walk(folder: str | os.PathLike) -> tuple[list[str], collections.Counter]:
                     waiting.append(entry.path)
                 else:
                     left_out[suffix] += 1
-        if len(paths) > MAX_FILES:
-            raise DatasetError(f"{os.fspath(folder)} has over {MAX_FILES} files; choose another folder.")
+        if len(paths) > limits.MAX_FILES:
+            raise DatasetError(f"{os.fspath(folder)} has over {limits.MAX_FILES} files; choose another.")
     return sorted(paths), left_out
 
 

@@ -11,11 +11,9 @@ import zlib
 
 import numpy as np
 
+from ffl_jax.data.limits import MAX_FILE_BYTES, MAX_PIXELS, MAX_TEXT_BYTES
 from ffl_jax.errors import DatasetError, FFLError, ResourceError
 
-MAX_FILE_BYTES = 2**30
-MAX_PIXELS = 2**27  # of an image, also after resizing: 0.5 GB as Pillow holds it
-_MAX_TEXT_BYTES = 2**26  # of a text or colour profile in a PNG, unpacked; Pillow itself takes 1 MB
 # Likely ones first. None runs a program, as EPS does, or is a mere stub.
 _FORMATS = (
     *("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000", "QOI", "ICO", "DIB", "PCX"),
@@ -35,7 +33,7 @@ def _pillow():
     Image.init()
     # Of odd metadata and large images, which are used or refused in words of our own.
     warnings.filterwarnings("ignore", module="PIL")
-    PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT_BYTES, 4 * _MAX_TEXT_BYTES
+    PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES, 4 * MAX_TEXT_BYTES
     return Image, tuple(name for name in _FORMATS if name in Image.OPEN)
 
 

@@ -18,7 +18,7 @@ import resource
 import numpy as np
 from absl import logging as absl_logging
 
-from ffl_jax.data import base, cache, images
+from ffl_jax.data import base, cache, images, limits
 from ffl_jax.data import records as records_lib
 from ffl_jax.errors import ConfigError, DatasetError, FFLError, ResourceError
 
@@ -89,6 +89,11 @@ def _num_examples(builder, split: str) -> int:
 
 def _class_names(builder, key: str) -> tuple[str, ...]:
     """Raises DatasetError where the file that they were written to is gone: TFDS would number the classes."""
+    count = builder.info.features[key].num_classes
+    if count > limits.MAX_CLASSES:
+        raise DatasetError(
+            f"{builder.name} has {count} classes, and at most {limits.MAX_CLASSES} are allowed."
+        )
     names, path = builder.info.features[key].names, pathlib.Path(builder.data_dir) / f"{key}.labels.txt"
     written = path.exists() and images.read_file(path).strip()
     if not written and names == [str(label) for label in range(len(names))]:

@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ffl_jax import data, doctor, main
-from ffl_jax.data import cache, folder, images
+from ffl_jax.data import cache, images, limits
 from ffl_jax.errors import DatasetError, FFLError
 
 FLIPS = 500 if os.environ.get("FFL_LONG_FAULTS") else 15
@@ -46,7 +46,7 @@ def picture(image, **options):
 
 def sparse(path):
     with open(path, "wb") as file:
-        file.truncate(images.MAX_FILE_BYTES + 1)
+        file.truncate(limits.MAX_FILE_BYTES + 1)
 
 
 def bind(path):
@@ -193,13 +193,23 @@ def test_bad_trees_are_refused(root, fault, do, settings, words):
 
 
 def test_limits_on_classes_and_files(root, monkeypatch):
-    monkeypatch.setattr(folder, "MAX_CLASSES", 1)
+    monkeypatch.setattr(limits, "MAX_CLASSES", 1)
     with pytest.raises(DatasetError, match="train has 2 folders, and at most 1 classes"):
         data.load(make_config(root))
     monkeypatch.undo()
-    monkeypatch.setattr(folder, "MAX_FILES", 3)
+    monkeypatch.setattr(limits, "MAX_FILES", 3)
     with pytest.raises(DatasetError, match="ant has over 3 files"):
         data.load(make_config(root))
+
+
+def test_a_prepared_dataset_has_a_limit_on_classes(tmp_path):
+    """Names for so many would take all memory."""
+    path = write_dataset(tmp_path / "made/1.0.0", three_shards()) / "features.json"
+    (path.parent / "label.labels.txt").unlink()
+    assert '"3"' in path.read_text()
+    path.write_text(path.read_text().replace('"3"', '"30000000000"'))
+    with pytest.raises(DatasetError, match="30000000000 classes, and at most 500000"):
+        data.load(tfds_config(tmp_path))
 
 
 @pytest.mark.parametrize(
