@@ -1,4 +1,4 @@
-"""CIFAR-10 (TFDS), recipe as on CIFAR-100: ResNet-32, K = 2 on a shared trunk, 300 epochs, batch 128.
+"""CIFAR-10, recipe as on CIFAR-100: ResNet-32, K = 2 on a shared trunk, 300 epochs, batch 128.
 
     python -m ffl_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 

@@ -1,4 +1,4 @@
-"""CIFAR-100 (TFDS) by FFL's released recipe: ResNet-32, K = 2 on a shared trunk, 300 epochs, batch 128.
+"""CIFAR-100 by FFL's released recipe: ResNet-32, K = 2 on a shared trunk, 300 epochs, batch 128.
 
     python -m ffl_jax.main --config=configs/cifar100.py --workdir=runs/cifar100
 

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (TFDS), 28x28 grey: ResNet-20 with the CIFAR recipe, shortened to 60 epochs.
+"""Fashion-MNIST, 28x28 grey: ResNet-20 with the CIFAR recipe, shortened to 60 epochs.
 
     python -m ffl_jax.main --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 

@@ -1,4 +1,4 @@
-"""SVHN, cropped digits (TFDS `svhn_cropped`): ResNet-32 with the CIFAR recipe, without flips.
+"""SVHN, cropped digits: ResNet-32 with the CIFAR recipe, without flips.
 
     python -m ffl_jax.main --config=configs/svhn.py --workdir=runs/svhn
 

@@ -115,7 +115,7 @@ def test_one_class_is_refused(source):
         ({"image_size": -8}, ConfigError, "image_size must be 0 or more, got -8"),
         ({"name": "digits", "image_size": 32}, ConfigError, "image_size=32 does not apply to digits"),
         ({"validation_examples": 20}, DatasetError, "leaves nothing of the 20 training examples"),
-        ({"name": "cifar11"}, ConfigError, "'cifar11'.*digits, folder.*nearest are.*cifar10"),
+        ({"name": "cifar11"}, ConfigError, "'cifar11'.*digits, fashion_mnist, folder.*nearest are.*cifar10"),
         ({"name": "digitz"}, ConfigError, "nearest are digits"),
         ({"name": "fashion_mnist/blue"}, ConfigError, "fashion_mnist/blue.*not found"),
         ({"name": "fashion_mnist:9.9.9"}, ConfigError, r"9\.9\.9"),

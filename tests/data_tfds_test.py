@@ -318,13 +318,13 @@ def no_tensorflow(monkeypatch):
 
 
 def test_not_prepared_names_the_command(tmp_path, no_tensorflow):
-    (tmp_path / "fashion_mnist/incomplete.ABC_3.0.1").mkdir(parents=True)
-    (tmp_path / "fashion_mnist/incomplete.ABC_3.0.1/dataset_info.json").write_text("{}")
+    (tmp_path / "kmnist/incomplete.ABC_3.0.1").mkdir(parents=True)
+    (tmp_path / "kmnist/incomplete.ABC_3.0.1/dataset_info.json").write_text("{}")
     with pytest.raises(DatasetError) as caught:
-        data.load(make_config(tmp_path, name="fashion_mnist"))
+        data.load(make_config(tmp_path, name="kmnist"))
     message = str(caught.value)
     for words in (
-        f"{tmp_path}/fashion_mnist/3.0.1",
+        f"{tmp_path}/kmnist/3.0.1",
         "`pip install tensorflow`",
         "incomplete.ABC_3.0.1",
         "same command",
@@ -333,14 +333,14 @@ def test_not_prepared_names_the_command(tmp_path, no_tensorflow):
 
 
 def test_half_prepared_folder(tmp_path):
-    folder = tmp_path / "fashion_mnist/3.0.1"
+    folder = tmp_path / "kmnist/3.0.1"
     folder.mkdir(parents=True)
     with pytest.raises(DatasetError, match=f"half-prepared.*rm -r {folder}"):
-        data.load(make_config(tmp_path, name="fashion_mnist"))
+        data.load(make_config(tmp_path, name="kmnist"))
 
 
 def test_manual_folder_must_exist(tmp_path):
-    config = make_config(tmp_path, name="fashion_mnist", manual_dir=f"{tmp_path}/none")
+    config = make_config(tmp_path, name="kmnist", manual_dir=f"{tmp_path}/none")
     with pytest.raises(DatasetError, match=r"manual_dir .*none is not a folder.*train-images-idx3-ubyte\.gz"):
         data.load(config)
 
@@ -372,10 +372,10 @@ def test_prepares_from_the_manual_folder_then_reads(tmp_path, prepare):
         assert (str(download_config.manual_dir), file_format) == (str(manual), "array_record")
         assert not download_config.try_download_gcs
         splits = {"train": [(images, labels)], "test": [(images, labels)]}
-        write_dataset(tmp_path / "fashion_mnist/3.0.1", splits, features, name="fashion_mnist")
+        write_dataset(tmp_path / "kmnist/3.0.1", splits, features, name="kmnist")
 
     prepare.append(write)
-    dataset = data.load(make_config(tmp_path, name="fashion_mnist", manual_dir=str(manual)))
+    dataset = data.load(make_config(tmp_path, name="kmnist", manual_dir=str(manual)))
     np.testing.assert_array_equal(dataset.train.images, images.repeat(3, axis=-1))
     assert len(dataset.class_names) == 10
 
@@ -393,4 +393,4 @@ def test_failed_preparation(tmp_path, prepare, failure, error, message):
 
     prepare.append(fail)
     with pytest.raises(error, match=message):
-        data.load(make_config(tmp_path, name="fashion_mnist"))
+        data.load(make_config(tmp_path, name="kmnist"))

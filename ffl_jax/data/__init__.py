@@ -5,9 +5,12 @@ import logging
 import numpy as np
 
 from ffl_jax.data import base, crops, limits, tfds
+from ffl_jax.data import cifar as cifar
 from ffl_jax.data import cinic10 as cinic10
 from ffl_jax.data import digits as digits
+from ffl_jax.data import fashion_mnist as fashion_mnist
 from ffl_jax.data import folder as folder
+from ffl_jax.data import svhn as svhn
 from ffl_jax.data import tiny_imagenet as tiny_imagenet
 from ffl_jax.data.base import Dataset, Split, StreamedSplit
 from ffl_jax.errors import ConfigError, DatasetError

@@ -200,13 +200,18 @@ def decode_image(encoded: bytes, image_size: int = 0) -> np.ndarray:
 
     Args:
       encoded: the bytes of the file.
-      image_size: if positive, the shorter side is resized to it and the centre square cut out, in pixels.
+      image_size: as for `resize`, in pixels.
     """
-    from PIL import Image
-
     with open_image(encoded) as opened:
         check_size(*opened.size, image_size)
         image = to_rgb(opened)
+    return np.asarray(resize(image, image_size))
+
+
+def resize(image, image_size: int):
+    """Brings the shorter side of a Pillow image to so many pixels, and cuts the centre out; 0 leaves it."""
+    from PIL import Image
+
     shorter = min(image.size)
     if image_size and shorter != image_size:
         size = tuple(round(side * image_size / shorter) for side in image.size)
@@ -214,4 +219,4 @@ def decode_image(encoded: bytes, image_size: int = 0) -> np.ndarray:
     if image_size and image.size != (image_size, image_size):
         left, top = ((side - image_size) // 2 for side in image.size)
         image = image.crop((left, top, left + image_size, top + image_size))
-    return np.asarray(image)
+    return image

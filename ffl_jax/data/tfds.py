@@ -207,7 +207,7 @@ def _builder(config):
         with _quiet():
             return tfds.builder(config.name, data_dir=data_dir, try_gcs=False)
     except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(short_name, [*base.SOURCES, *_registered()], cutoff=0.5)
+        near = difflib.get_close_matches(short_name, {*base.SOURCES, *_registered()}, cutoff=0.5)
         advice = (
             f"the nearest are {', '.join(near)}" if near else "see tensorflow.org/datasets for their names"
         )
