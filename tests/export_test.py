@@ -1,6 +1,7 @@
 """Exported files against the checkpoint in float64, what travels in them, and what is refused."""
 
 import json
+import os
 import subprocess
 import zipfile
 
@@ -146,6 +147,9 @@ def test_refusals(run, tmp_path, monkeypatch, commands):
         exporting.export(workdir, output, name="fusd")
     with pytest.raises(ConfigError, match="is a folder"):
         exporting.export(workdir, tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="is a pipe or a device, and would be replaced"):
+        exporting.export(workdir, tmp_path / "pipe")
     with pytest.raises(ConfigError, match=r"end it in \.safetensors"):
         exporting.export(workdir, tmp_path / "card.json", "safetensors")
     with pytest.raises(CheckpointError, match="no checkpoint of step 5"):
@@ -186,15 +190,20 @@ def test_copies_that_are_not_used_stay_behind():
     assert copies == {"[0]", "[1]"}
     assert not [name for name in weights if "head" in name and "fusion/head" not in name]
     assert not [name for name in weights if "decoder" in name or "trans_fusion" in name]
-    again = predictor.variables(weights, jax.eval_shape(lambda: variables))
-    function = jax.jit(function)
-    assert np.array_equal(function(again, images), function(variables, images))
-    with pytest.raises(CheckpointError, match="no place for odd"):
-        predictor.variables(weights | {"odd": np.zeros(1)}, jax.eval_shape(lambda: variables))
-    with pytest.raises(CheckpointError, match=r"fusion/head/bias is float32 \[4\]"):
-        predictor.variables(
-            weights | {"params/fusion/head/bias": np.zeros(4, np.float32)}, jax.eval_shape(lambda: variables)
-        )
+    shapes = jax.eval_shape(lambda: variables)
+    again, logits = predictor.variables(function, weights, shapes, (8, 8, 3))
+    assert (logits.shape, logits.dtype) == ((1, 10), np.float32)
+    compiled = jax.jit(function)
+    assert np.array_equal(compiled(again, images), compiled(variables, images))
+    bias = "params/fusion/head/bias"
+    for damaged, text in (
+        (weights | {"odd": np.zeros(1)}, "no place for odd"),
+        ({name: array for name, array in weights.items() if name != bias}, f"lacks {bias}"),
+        (weights | {bias: np.zeros(4, np.float32)}, rf"{bias} is float32 \[4\]"),
+        (weights | {bias: np.zeros(10)}, rf"{bias} is float64 \[10\]"),
+    ):
+        with pytest.raises(CheckpointError, match=text):
+            predictor.variables(function, damaged, shapes, (8, 8, 3))
 
 
 def test_nothing_but_operations_on_maps_is_left():

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from ffl_jax.data import crops
-from ffl_jax.errors import CheckpointError, ConfigError, FFLError
+from ffl_jax.deployment import sealing
+from ffl_jax.errors import CheckpointError, ConfigError, FFLError, ResourceError
 
-CARD_VERSION = 1
 # What `pip install` must be given to read a file, beside numpy and pillow.
 FORMATS = {"stablehlo": "jax flatbuffers", "safetensors": "jax flax safetensors", "onnx": "onnxruntime"}
 
@@ -77,39 +77,67 @@ def load(path: str | Path) -> Model:
 
     Raises:
       ConfigError: a package that the format needs is not installed.
-      CheckpointError: the file is missing, damaged, or no exported predictor.
+      CheckpointError: the file is missing, or is not, to the bit, what was exported.
+      ResourceError: it needs more memory than there is.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}: name what python -m ffl_jax.export wrote.")
-    with path.open("rb") as file:
-        start = file.read(9)
-    # ONNX has no mark of its own: a message that begins with the number of its version.
-    marks = {
-        "stablehlo": start.startswith(b"PK"),
-        "safetensors": start[8:] == b"{",
-        "onnx": start[:1] == b"\x08",
-    }
-    name = next((name for name, found in marks.items() if found), None)
-    if name is None:
-        raise CheckpointError(f"{path} is no exported predictor: name what python -m ffl_jax.export wrote.")
+    name, data = _content(path)
     with needs(name, f"{path} is a {name} file"):
         module = importlib.import_module(f"ffl_jax.deployment.{name}")
         try:
-            card, run, device = module.read(path)
-        except (FFLError, ImportError, MemoryError, PermissionError):
+            sealing.check(data)
+            card, run, device = module.read(data)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} cannot be used: {error}") from error
+        except MemoryError as error:
+            raise ResourceError(f"{path} needs more memory than there is: free some.") from error
+        except (FFLError, ImportError):
             raise
         except Exception as error:  # every format has its own types
             reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
             raise CheckpointError(
                 f"{path} cannot be read as an exported predictor: {reason}; export it again."
             ) from error
-    if card["card_version"] != CARD_VERSION:
-        raise CheckpointError(
-            f"{path} has a card of version {card['card_version']}, and this version reads {CARD_VERSION}: "
-            f"use ffl_jax {card['ffl_jax']}, which wrote it."
-        )
     return Model(card, name, run, device)
+
+
+def _content(path) -> tuple[str, bytes]:
+    """(one of `FORMATS`, the bytes of the file)."""
+    try:
+        data = sealing.read_regular(path, sealing.MAX_BYTES)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"there is no file {path}: name what python -m ffl_jax.export wrote."
+        ) from error
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}; name what python -m ffl_jax.export wrote."
+        ) from error
+    except MemoryError as error:
+        raise ResourceError(f"{path} needs more memory than there is: free some.") from error
+    # ONNX has no mark of its own: a message that begins with the number of its version.
+    marks = {
+        "stablehlo": data.startswith(b"PK"),
+        "safetensors": data[8:9] == b"{",
+        "onnx": data[:1] == b"\x08",
+    }
+    name = next((name for name, found in marks.items() if found), None)
+    if name is None:
+        raise CheckpointError(f"{path} is no exported predictor: name what python -m ffl_jax.export wrote.")
+    return name, data
+
+
+def jax_device() -> str:
+    """What JAX computes on, in words; raises ConfigError where it finds nothing."""
+    import jax
+
+    try:
+        return jax.devices()[0].device_kind
+    except RuntimeError as error:
+        raise ConfigError(
+            f"JAX finds no device: {error}; set JAX_PLATFORMS=cpu, or what is there."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -121,6 +149,7 @@ def needs(name: str, what: str):
     try:
         yield
     except ModuleNotFoundError as error:
+        package = error.name.partition(".")[0]
         raise ConfigError(
-            f"{what}, and the package {error.name} is not installed: `pip install {FORMATS[name]}`."
+            f"{what}, and the package {package} is not installed: `pip install {FORMATS[name]}`."
         ) from error

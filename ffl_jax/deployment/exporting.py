@@ -14,7 +14,8 @@ import numpy as np
 
 from ffl_jax import __version__
 from ffl_jax.data import StreamedSplit, augment, crops
-from ffl_jax.deployment import CARD_VERSION, predictor
+from ffl_jax.deployment import card as cards
+from ffl_jax.deployment import predictor
 from ffl_jax.errors import CheckpointError, ConfigError
 from ffl_jax.models import NETWORKS
 from ffl_jax.registry import nearest
@@ -104,6 +105,10 @@ def _check(output, format):
         )
     if output.is_dir():
         raise ConfigError(f"--output={output} is a folder: give the name of a file.")
+    if output.exists() and not output.is_file():
+        raise ConfigError(
+            f"--output={output} is a pipe or a device, and would be replaced: give a file's name."
+        )
     if format == "safetensors" and output.suffix == ".json":
         raise ConfigError(f"--output={output}: the card goes into that file; end it in .safetensors.")
 
@@ -135,7 +140,7 @@ def describe(restored: scoring.Restored, name: str | None = None) -> tuple[dict,
         architecture["num_classes"] = num_classes
     scored = restored.run["evaluated_step"] == restored.step
     card = {
-        "card_version": CARD_VERSION,
+        "card_version": cards.VERSION,
         "ffl_jax": __version__,
         "predictor": name,
         "method": config.method.name,

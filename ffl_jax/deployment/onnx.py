@@ -1,8 +1,14 @@
-"""An ONNX file of the default operator set, the card among its metadata."""
+"""An ONNX file of the default operator set, the card and the seal among its metadata."""
 
 import json
 import os
 from pathlib import Path
+
+from ffl_jax.deployment import card as cards
+from ffl_jax.deployment import sealing
+from ffl_jax.errors import CheckpointError
+
+_TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 
 
 def write(path: Path, function, variables, card: dict):
@@ -13,14 +19,23 @@ def write(path: Path, function, variables, card: dict):
     from ffl_jax.deployment.onnx_operations import convert
 
     model = convert(fold(function, variables), (*card["image_size"], 3))
-    onnx.helper.set_model_props(model, {"card": json.dumps(card)})
-    onnx.save_model(model, path)
+    onnx.helper.set_model_props(model, {"card": json.dumps(card), sealing.KEY: sealing.EMPTY})
+    sealing.write(path, model.SerializeToString())
 
 
-def read(path: Path):
+def read(data: bytes):
     """(card, function of images, the device that computes it)."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-    card = json.loads(session.get_modelmeta().custom_metadata_map["card"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what is wrong is raised, and that is enough
+    # Weights in files of their own are none of ours: there is no such folder.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    card = cards.parse(session.get_modelmeta().custom_metadata_map["card"])
+    images, logits = session.get_inputs(), session.get_outputs()
+    names = [one.name for one in (*images, *logits)]
+    if names != ["images", "logits"]:
+        raise CheckpointError(f"its input and output are {names}, not images and logits: export it again.")
+    cards.check_program(card, *((_TYPES.get(one.type, one.type), one.shape) for one in (*images, *logits)))
     return card, lambda images: session.run(["logits"], {"images": images})[0], "cpu"

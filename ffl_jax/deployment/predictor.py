@@ -67,18 +67,27 @@ def weights(function: Callable, variables: Any, image_shape: tuple[int, int, int
 
     Of stacked copies of which some are not used, the others have entries of their own, "…/kernel[0]".
     """
+    leaves, (places, _) = jax.tree.leaves(variables), _used(function, variables, image_shape)
+    return {
+        name: np.asarray(leaves[leaf] if copy is None else leaves[leaf][copy])
+        for name, (leaf, copy) in places.items()
+    }
+
+
+def _used(function, variables, image_shape):
+    """({name of an entry: (which of the leaves, which copy of it or None)}, shape and type of the logits)."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
     jaxpr = jax.make_jaxpr(function)(variables, images).jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True], instantiate=True)
-    used = {}
+    places = {}
     leaves = jax.tree_util.tree_leaves_with_path(variables)
-    for (path, leaf), variable in zip(leaves, jaxpr.invars, strict=False):  # the images come last
-        name, copies = _name(path), _copies(jaxpr, variable)
+    for leaf, ((path, _), variable) in enumerate(zip(leaves, jaxpr.invars, strict=False)):  # images come last
+        name, copies = jax.tree_util.keystr(path, simple=True, separator="/"), _copies(jaxpr, variable)
         if copies is None:
-            used[name] = np.asarray(leaf)
+            places[name] = leaf, None
         else:
-            used |= {f"{name}[{k}]": np.asarray(leaf[k]) for k in copies}
-    return used
+            places |= {f"{name}[{k}]": (leaf, k) for k in copies}
+    return places, jaxpr.outvars[0].aval
 
 
 def _copies(jaxpr, variable) -> list[int] | None:
@@ -96,37 +105,26 @@ def _copies(jaxpr, variable) -> list[int] | None:
     return None if found and len(found) == shape[0] else sorted(found)
 
 
-def variables(weights: dict[str, np.ndarray], shapes: Any) -> Any:
-    """The inverse of `weights`: variables with zeros where a function of `build` does not look.
+def variables(
+    function: Callable, weights: dict[str, np.ndarray], shapes: Any, image_shape: tuple[int, int, int]
+) -> tuple[Any, jax.ShapeDtypeStruct]:
+    """The inverse of `weights`: (variables with zeros where a function of `build` does not look, its logits).
 
     Raises:
-      CheckpointError: an entry has another shape or type, or no place.
+      CheckpointError: an entry is missing, has another shape or type, or no place.
     """
-    left = dict(weights)
-
-    def take(name, shape, dtype):
-        array = left.pop(name, None)
-        if array is None:
-            return np.zeros(shape, dtype)
-        if array.shape != shape or array.dtype != dtype:
+    places, logits = _used(function, shapes, image_shape)
+    for problem, names in (("lacks", places.keys() - weights), ("has no place for", weights.keys() - places)):
+        if names:
+            raise CheckpointError(f"it {problem} {', '.join(sorted(names)[:5])}: export it again.")
+    leaves, tree = jax.tree.flatten(shapes)
+    arrays = [np.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+    for name, (leaf, copy) in places.items():
+        wanted, found = arrays[leaf][... if copy is None else (copy, ...)], weights[name]
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
             raise CheckpointError(
-                f"{name} is {array.dtype} {list(array.shape)}, and its network wants {dtype} {list(shape)}: "
-                "export it again."
+                f"{name} is {found.dtype} {list(found.shape)}, and its network wants {wanted.dtype} "
+                f"{list(wanted.shape)}: export it again."
             )
-        return array
-
-    def leaf(path, wanted):
-        name = _name(path)
-        copies = [f"{name}[{k}]" for k in range(wanted.shape[0] if wanted.shape else 0)]
-        if name in left or not left.keys() & set(copies):
-            return take(name, wanted.shape, wanted.dtype)
-        return np.stack([take(copy, wanted.shape[1:], wanted.dtype) for copy in copies])
-
-    tree = jax.tree_util.tree_map_with_path(leaf, shapes)
-    if left:
-        raise CheckpointError(f"its network has no place for {', '.join(sorted(left)[:5])}: export it again.")
-    return tree
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+        wanted[...] = found
+    return jax.tree.unflatten(tree, arrays), logits

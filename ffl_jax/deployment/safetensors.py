@@ -7,23 +7,40 @@ import json
 from pathlib import Path
 
 import jax
-from safetensors import safe_open
-from safetensors.numpy import save
+import numpy as np
+from safetensors.numpy import load, save
 
-from ffl_jax.deployment import predictor
+from ffl_jax.deployment import card as cards
+from ffl_jax.deployment import jax_device, predictor, sealing
+from ffl_jax.errors import CheckpointError, ConfigError
+
+_MAX_HEADER = 2**25  # bytes
 
 
 def write(path: Path, function, variables, card: dict):
     """Args: function, variables: of `predictor`."""
     weights = predictor.weights(function, variables, (*card["image_size"], 3))
-    path.write_bytes(save(weights, {"card": json.dumps(card)}))
+    sealing.write(path, save(weights, {"card": json.dumps(card), sealing.KEY: sealing.EMPTY}))
 
 
-def read(path: Path):
+def read(data: bytes):
     """(card, function of images, the device that computes it)."""
-    with safe_open(path, "numpy") as file:
-        card = json.loads((file.metadata() or {})["card"])
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    function, shapes = predictor.build(card)
-    variables, run = jax.device_put(predictor.variables(weights, shapes)), jax.jit(function)
-    return card, lambda images: run(variables, images), jax.devices()[0].device_kind
+    device, size = jax_device(), int.from_bytes(data[:8], "little")
+    if size > min(len(data) - 8, _MAX_HEADER):
+        raise CheckpointError(
+            f"its header has {size:,} bytes, more than there are or may be: export it again."
+        )
+    card = cards.parse(json.loads(data[8 : 8 + size])["__metadata__"]["card"])
+    try:
+        function, shapes = predictor.build(card)
+    except ConfigError as error:
+        raise CheckpointError(f"its card's architecture is not known here: {error}") from error
+    weights = load(data)
+    if infinite := sorted(name for name, array in weights.items() if not np.isfinite(array).all()):
+        raise CheckpointError(f"{infinite[0]} is not finite: export it again.")
+    variables, logits = predictor.variables(function, weights, shapes, (*card["image_size"], 3))
+    cards.check_program(
+        card, ("uint8", (None, *card["image_size"], 3)), (str(logits.dtype), (None, *logits.shape[1:]))
+    )
+    variables, run = jax.device_put(variables), jax.jit(function)
+    return card, lambda images: run(variables, images), device

@@ -1,11 +1,16 @@
-"""One zip file: `program.bin`, serialized by `jax.export`, and `card.json`."""
+"""One zip file: `program.bin`, serialized by `jax.export`, and `card.json`; the seal is the zip's comment."""
 
+import io
 import json
 import zipfile
 from pathlib import Path
 
 import jax
 import numpy as np
+
+from ffl_jax.deployment import card as cards
+from ffl_jax.deployment import jax_device, sealing
+from ffl_jax.errors import CheckpointError
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -17,14 +22,23 @@ def write(path: Path, function, variables, card: dict):
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *card["image_size"], 3), np.uint8)
     program = jax.export.export(jax.jit(fold(function, variables)), platforms=PLATFORMS)(images)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    content = io.BytesIO()
+    # Not packed: what is read then takes no more memory than the file does.
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("card.json", json.dumps(card, indent=2))
         archive.writestr("program.bin", program.serialize())
+        archive.comment = sealing.EMPTY.encode()
+    sealing.write(path, content.getvalue())
 
 
-def read(path: Path):
+def read(data: bytes):
     """(card, function of images, the device that computes it)."""
-    with zipfile.ZipFile(path) as archive:
-        card, program = json.loads(archive.read("card.json")), archive.read("program.bin")
-    run = jax.jit(jax.export.deserialize(bytearray(program)).call)
-    return card, run, jax.devices()[0].device_kind
+    device = jax_device()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise CheckpointError("it is packed, and unpacks to who knows what: export it again.")
+        card = cards.parse(archive.read("card.json"))
+        program = jax.export.deserialize(bytearray(archive.read("program.bin")))
+    (images,), (logits,) = program.in_avals, program.out_avals
+    cards.check_program(card, *((str(one.dtype), one.shape) for one in (images, logits)))
+    return card, jax.jit(program.call), device
