@@ -44,7 +44,7 @@ def command(argv: list[str]):
     model, refused = deployment.load(values.model), []
 
     def refuse(message):
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
         refused.append(message)
 
     settings = (values.top, values.batch_size, values.json)

@@ -1,16 +1,18 @@
 """Image files through an exported model. Light on imports: where it runs there may be nothing to train."""
 
+import errno
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 
 from ffl_jax.data import base, folder
-from ffl_jax.deployment import Model
-from ffl_jax.errors import DatasetError
+from ffl_jax.deployment import Model, sealing
+from ffl_jax.errors import FFLError, ResourceError
+
+_MAX_BYTES = 2**30  # of an image file
 
 
 def lines(
@@ -41,7 +43,7 @@ def lines(
         if images:
             # Always as many, so that nothing is compiled twice; what fills up is not shown.
             batch = np.resize(np.stack(list(images.values())), (size, *model.image_shape))
-            for path, probabilities in zip(images, model.probabilities(batch), strict=False):
+            for path, probabilities in zip(images, _probabilities(model, batch), strict=False):
                 chosen = np.argsort(-probabilities, kind="stable")[:top]
                 if as_json:
                     yield _json(model, path, probabilities, chosen)
@@ -65,16 +67,36 @@ def _paths(arguments, refuse):
         yield from found
 
 
+def _probabilities(model, batch):
+    try:
+        return model.probabilities(batch)
+    except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise ResourceError(f"out of memory for {len(batch)} images: lower --batch_size.") from error
+        raise
+
+
 def _read(model, path, refuse) -> np.ndarray | None:
     try:
-        encoded = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        encoded = _standard_input() if path == "-" else sealing.read_regular(path, _MAX_BYTES)
         with base.damage_named(path, encoded, "replace or leave out the file"):
             return model.read_image(encoded)
     except OSError as error:
         refuse(f"{path} cannot be read: {error.strerror}")
-    except DatasetError as error:
-        refuse(" ".join(str(error).split()))
+    except MemoryError:
+        refuse(f"{path} needs more memory than there is; replace or leave out the file")
+    except FFLError as error:
+        refuse(str(error))
     return None
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise OSError(errno.EBADF, "standard input is closed")
+    encoded = sys.stdin.buffer.read(_MAX_BYTES + 1)
+    if len(encoded) > _MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {_MAX_BYTES:,} bytes")
+    return encoded
 
 
 def _row(model, wide, probabilities, chosen):

@@ -1,4 +1,4 @@
-"""Exported files that are not what they should be: refused in one line.
+"""Exported files and images that are not what they should be: refused in one line, or named and left out.
 
 FFL_LONG_FAULTS=1 python -m pytest tests/faults/exports_test.py does the long part: some thousands of flips,
 cuts and odd cards.
@@ -9,16 +9,18 @@ import io
 import json
 import os
 import socket
+import sys
 import zipfile
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from ffl_jax import deployment
+from ffl_jax import deployment, predict
 from ffl_jax.deployment import card as cards
 from ffl_jax.deployment import predictor, sealing
-from ffl_jax.errors import CheckpointError, ConfigError
+from ffl_jax.errors import CheckpointError, ConfigError, DatasetError, FFLError, ResourceError
 
 FLIPS, CARDS = (500, 2000) if os.environ.get("FFL_LONG_FAULTS") else (15, 30)
 CARD = {
@@ -421,6 +423,92 @@ def test_a_device_that_is_not_there(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(ConfigError, match=r"JAX finds no device: Unable .*\n.*set JAX_PLATFORMS=cpu"):
         deployment.load(tmp_path / "model")
+
+
+# -- images that are classified -----------------------------------------------------------------------------
+
+PICTURES = {  # in the order of their names: what makes it, and what is said of it
+    "a_pipe.png": (os.mkfifo, "it is a named pipe, not a regular file"),
+    "b_device.png": (lambda path: path.symlink_to("/dev/zero"), "it is a device, not a regular file"),
+    "c_none.png": (lambda path: path.symlink_to("none"), "No such file"),
+    "d_empty.png": (lambda path: path.write_bytes(b""), "it has 0 bytes"),
+    "e_text.png": (lambda path: path.write_text("no image"), "it is not a PNG or JPEG image"),
+    "f_large.png": (lambda path: [path.touch(), os.truncate(path, 2**31)], "it has 2,147,483,648 bytes"),
+    "g_line\nfeed.png": (lambda path: path.write_bytes(b""), "it has 0 bytes"),
+}
+
+
+def run(capsys, *arguments):
+    with pytest.raises(FFLError) as caught:
+        predict.command(["predict", *map(str, arguments)])
+    output, errors = capsys.readouterr()
+    return [json.loads(line) for line in output.splitlines()], errors.splitlines(), caught.value
+
+
+@pytest.fixture
+def model(exported, tmp_path):
+    (tmp_path / "model").write_bytes(exported[0]["safetensors"])
+    return tmp_path / "model"
+
+
+def test_images_that_cannot_be_used_do_not_stop_the_others(exported, model, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("0_first.png", "z_last.png"):
+        Image.fromarray(IMAGES[0]).save(folder / name)
+    for name, (make, _) in PICTURES.items():
+        make(folder / name)
+    faulty = [folder / name for name in PICTURES]
+    best = int(exported[1][0].argmax())
+    for arguments in ([folder], [folder / "0_first.png", *faulty, folder / "z_last.png"]):
+        lines, errors, error = run(capsys, f"--model={model}", "--json", "--batch_size=3", *arguments)
+        assert [os.path.basename(line["path"]) for line in lines] == ["0_first.png", "z_last.png"]
+        assert [line["classes"][0]["index"] for line in lines] == [best, best]
+        for (name, (_, words)), line in zip(PICTURES.items(), errors, strict=True):
+            assert line.startswith(f"error: {folder}/{' '.join(name.split())} cannot be ")
+            assert words in line
+        assert isinstance(error, DatasetError)
+        assert str(error).startswith(f"{len(PICTURES)} could not be used")
+
+
+def test_memory_that_an_image_or_a_batch_needs(model, tmp_path, capsys, monkeypatch):
+    """The image is named; of a batch it is said which flag makes it smaller."""
+    for k in range(3):
+        Image.fromarray(IMAGES[k]).save(tmp_path / f"{k}.png")
+    read = deployment.Model.read_image
+
+    def too_large(self, encoded):
+        if encoded == (tmp_path / "1.png").read_bytes():
+            raise MemoryError
+        return read(self, encoded)
+
+    monkeypatch.setattr(deployment.Model, "read_image", too_large)
+    lines, errors, error = run(capsys, f"--model={model}", "--json", tmp_path)
+    assert [line["path"][-5:] for line in lines] == ["0.png", "2.png"]
+    assert "1.png" in errors[0]
+    assert "memory" in errors[0]
+    assert "batch_size" not in errors[0]
+    assert isinstance(error, DatasetError)
+
+    def out_of_memory(self, images):
+        raise MemoryError
+
+    monkeypatch.setattr(deployment.Model, "probabilities", out_of_memory)
+    _, _, error = run(capsys, f"--model={model}", "--json", tmp_path)
+    assert isinstance(error, ResourceError)
+    assert str(error) == "out of memory for 3 images: lower --batch_size."
+
+
+@pytest.mark.parametrize(("stdin", "words"), [(None, "closed"), ("large", "more than"), ("empty", "0 bytes")])
+def test_standard_input(model, tmp_path, capsys, monkeypatch, stdin, words):
+    if stdin:
+        (tmp_path / "image").write_bytes(bytes(1000) if stdin == "large" else b"")
+        monkeypatch.setattr("ffl_jax.deployment.classify._MAX_BYTES", 999)
+        stdin = (tmp_path / "image").open()
+    monkeypatch.setattr(sys, "stdin", stdin)
+    lines, errors, error = run(capsys, f"--model={model}", "--json", "-")
+    assert (lines, len(errors), error.exit_code) == ([], 1, 3)
+    assert words in errors[0]
 
 
 def test_one_line_and_its_exit_code(exported, tmp_path, commands):
