@@ -134,10 +134,9 @@ def jax_device() -> str:
 
     try:
         return jax.devices()[0].device_kind
-    except RuntimeError as error:
-        raise ConfigError(
-            f"JAX finds no device: {error}; set JAX_PLATFORMS=cpu, or what is there."
-        ) from error
+    except Exception as error:  # a RuntimeError, or an AssertionError without a word
+        reason = str(error) or "there is none of that kind"
+        raise ConfigError(f"JAX finds no device: {reason}; set JAX_PLATFORMS to what is here.") from error
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from ffl_jax.errors import CheckpointError
 VERSION = 1
 _MAX_BYTES = 2**24  # of its text
 _MAX_CLASSES = 100_000
-_MAX_NETWORKS = 100
+_MAX_NETWORKS = 128
 _MAX_SIDE = 10_000  # pixels
 
 

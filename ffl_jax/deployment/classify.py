@@ -33,7 +33,10 @@ def lines(
       as_json: {"path": …, "classes": [{"name": …, "index": …, "probability": …}, …]}; else a table.
     """
     paths = list(_paths(arguments, refuse))
-    wide, class_wide = max(map(len, (*paths, "image"))), max(map(len, model.class_names))
+    names = list(map(_printable, model.class_names))
+    class_wide = max(map(len, names))
+    names = [name.ljust(class_wide) for name in names]
+    wide = max(map(len, ("image", *map(_printable, paths))))
     if not as_json:
         yield f"{'image':{wide}}  classes, the most probable first"
     size = min(batch_size, len(paths))
@@ -48,7 +51,7 @@ def lines(
                 if as_json:
                     yield _json(model, path, probabilities, chosen)
                 else:
-                    yield f"{path:{wide}}  {_row(model, class_wide, probabilities, chosen)}"
+                    yield f"{_printable(path):{wide}}  {_row(names, probabilities, chosen)}"
         _progress(start + size, len(paths))
 
 
@@ -99,8 +102,13 @@ def _standard_input() -> bytes:
     return encoded
 
 
-def _row(model, wide, probabilities, chosen):
-    return "  ".join(f"{model.class_names[k]:{wide}} {100 * probabilities[k]:6.2f} %" for k in chosen)
+def _printable(text) -> str:
+    """A row of the table stays one, whatever is in a name."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _row(names, probabilities, chosen):
+    return "  ".join(f"{names[k]} {100 * probabilities[k]:6.2f} %" for k in chosen)
 
 
 def _json(model, path, probabilities, chosen):

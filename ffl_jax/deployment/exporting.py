@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -138,7 +139,9 @@ def describe(restored: scoring.Restored, name: str | None = None) -> tuple[dict,
             key: sections[key] for key in ("method", "subnetworks", "teachers") if key in sections
         }
         architecture["num_classes"] = num_classes
-    scored = restored.run["evaluated_step"] == restored.step
+    scores = None
+    if restored.run["evaluated_step"] == restored.step:
+        scores = restored.run["scores"].get("test", {}).get("predictions", {}).get(name)
     card = {
         "card_version": cards.VERSION,
         "ffl_jax": __version__,
@@ -156,7 +159,8 @@ def describe(restored: scoring.Restored, name: str | None = None) -> tuple[dict,
         "step": restored.step,
         "epoch": restored.step / experiment.steps_per_epoch,
         "seed": config.seed,
-        "test": restored.run["scores"].get("test", {}).get("predictions", {}).get(name) if scored else None,
+        # JSON has no other numbers.
+        "test": scores and {key: x if math.isfinite(x) else None for key, x in scores.items()},
         "architecture": architecture,
     }
     return card, variables

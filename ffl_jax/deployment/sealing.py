@@ -31,7 +31,7 @@ def check(data: bytes):
             "it has no digest: an older version wrote it, or it is damaged; export it again."
         )
     if data[place : place + _DIGITS] != _digest(data, place):
-        raise CheckpointError("it is not what was exported: its digest is another; export it again.")
+        raise CheckpointError("it is not what was exported: card or weights have changed; export it again.")
 
 
 def _digest(data, place) -> bytes:

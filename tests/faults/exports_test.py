@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import zipfile
+from unittest import mock
 
 import jax
 import numpy as np
@@ -100,10 +101,13 @@ FILES = {
     "a text in a zip": (lambda data: b"PK\x03\x04no model", "it has no digest"),
     "one byte": (lambda data: data[:1], ""),
     "half": (lambda data: data[: len(data) // 2], "export it again"),
-    "without the last byte": (lambda data: data[:-1], "its digest is another"),
-    "with a byte more": (lambda data: data + b"\0", "its digest is another"),
-    "twice": (lambda data: data * 2, "its digest is another"),
-    "a page of zeros": (lambda data: data[:8192] + b"\0" * 4096 + data[12288:], "its digest is another"),
+    "without the last byte": (lambda data: data[:-1], "card or weights have changed"),
+    "with a byte more": (lambda data: data + b"\0", "card or weights have changed"),
+    "twice": (lambda data: data * 2, "card or weights have changed"),
+    "a page of zeros": (
+        lambda data: data[:8192] + b"\0" * 4096 + data[12288:],
+        "card or weights have changed",
+    ),
     "the digest of nothing": (
         lambda data: data.replace(sealing.EMPTY.encode()[:15], b"ffl_jax sha512 "),
         "it has no digest: an older version wrote it, or it is damaged; export it again",
@@ -415,13 +419,17 @@ def test_any_card_is_read_or_refused(exported, tmp_path):
     assert kept < CARDS / 2
 
 
-def test_a_device_that_is_not_there(exported, tmp_path, monkeypatch):
-    def devices():
-        raise RuntimeError("Unable to initialize backend 'cuda':\nno CUDA")
-
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("Unable to initialize backend 'tpu'"), "Unable to initialize backend 'tpu'"),
+        (AssertionError(), "there is none of that kind"),  # what JAX 0.10 raises for a missing CUDA
+    ],
+)
+def test_a_device_that_is_not_there(exported, tmp_path, monkeypatch, error, words):
     (tmp_path / "model").write_bytes(content(exported, "stablehlo"))
-    monkeypatch.setattr(jax, "devices", devices)
-    with pytest.raises(ConfigError, match=r"JAX finds no device: Unable .*\n.*set JAX_PLATFORMS=cpu"):
+    monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=error))
+    with pytest.raises(ConfigError, match=f"JAX finds no device: {words}; set JAX_PLATFORMS"):
         deployment.load(tmp_path / "model")
 
 
@@ -471,6 +479,18 @@ def test_images_that_cannot_be_used_do_not_stop_the_others(exported, model, tmp_
         assert str(error).startswith(f"{len(PICTURES)} could not be used")
 
 
+def test_a_row_stays_a_row(exported, tmp_path, capsys):
+    card = {**CARD, "class_names": ["ant", "\xe9\nnew", "\x1b[31mcat"]}
+    data = resealed(content(exported, "safetensors"), "safetensors", json.dumps(card))
+    sealing.write(tmp_path / "model", data)
+    Image.fromarray(IMAGES[0]).save(tmp_path / "two\nlines.png")
+    predict.command(["predict", f"--model={tmp_path}/model", f"{tmp_path}/two\nlines.png"])
+    _, row = capsys.readouterr().out.splitlines()
+    assert row.startswith(rf"{tmp_path}/two\nlines.png  ")
+    assert r"\x1b[31mcat " in row
+    assert "\xe9\\nnew " in row
+
+
 def test_memory_that_an_image_or_a_batch_needs(model, tmp_path, capsys, monkeypatch):
     """The image is named; of a batch it is said which flag makes it smaller."""
     for k in range(3):
@@ -518,6 +538,6 @@ def test_one_line_and_its_exit_code(exported, tmp_path, commands):
     (tmp_path / "model").write_bytes(data)
     result = commands.run("-m", "ffl_jax.predict", f"--model={tmp_path}/model", "x.png", code=4)
     assert result.stderr == (
-        f"error: {tmp_path}/model cannot be used: it is not what was exported: its digest is another; "
-        "export it again.\n"
+        f"error: {tmp_path}/model cannot be used: it is not what was exported: card or weights have "
+        "changed; export it again.\n"
     )
