@@ -36,7 +36,7 @@ def read(data: bytes):
     device = jax_device()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise CheckpointError("it is packed, and unpacks to who knows what: export it again.")
+            raise CheckpointError("it is packed, and what export writes is not: export it again.")
         card = cards.parse(archive.read("card.json"))
         program = jax.export.deserialize(bytearray(archive.read("program.bin")))
     (images,), (logits,) = program.in_avals, program.out_avals
