@@ -50,9 +50,11 @@ def _architecture(x) -> bool:
     if "network" in x:
         return _text(x["network"]) and len(x) == 2
     sections = {key: value for key, value in x.items() if key != "num_classes"}
-    return {"method", "subnetworks"} <= sections.keys() <= {"method", "subnetworks", "teachers"} and all(
-        type(section) is dict and _whole(1, _MAX_NETWORKS)(section.get("num", 1))
-        for section in sections.values()
+    if not {"method", "subnetworks"} <= sections.keys() <= {"method", "subnetworks", "teachers"}:
+        return False
+    counted = [section for key, section in sections.items() if key != "method"]
+    return all(type(section) is dict for section in sections.values()) and all(
+        _whole(1, _MAX_NETWORKS)(section.get("num")) for section in counted
     )
 
 

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import digits
 from ffl_jax import deployment, predict
 from ffl_jax.deployment import card as cards
 from ffl_jax.deployment import predictor, sealing
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError, FFLError, ResourceError
+from ffl_jax.methods import METHODS
 
 FLIPS, CARDS = (500, 2000) if os.environ.get("FFL_LONG_FAULTS") else (15, 30)
 CARD = {
@@ -352,6 +354,14 @@ def test_cards_of_other_keys_and_versions(exported, tmp_path):
     for name in exported[0]:
         sealing.write(tmp_path / name, resealed(content(exported, name), name, without("std")))
         refused(tmp_path / name, "cannot be used: its card has no std: export it again")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_card_can_describe_every_method(name):
+    config = digits.get_config(f"method={name}").to_dict()
+    sections = {key: config[key] for key in ("method", "subnetworks", "teachers") if key in config}
+    card = json.loads(json.dumps({**CARD, "architecture": {**sections, "num_classes": 3}}))
+    assert cards.parse(json.dumps(card)) == card
 
 
 def mutated(rng):
