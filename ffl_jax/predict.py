@@ -18,7 +18,7 @@ USAGE = f"""
 python -m ffl_jax.predict --model=PATH [--top=5] [--json] [--batch_size=32] IMAGE...
 
 Prints the most probable classes of image files, by a file that python -m ffl_jax.export wrote. IMAGE is a
-file, a folder (all PNG and JPEG files below it), or - for one image on standard input. Images may have any
+file, a folder (all images below it), or - for one image on standard input. Images may have any
 size, colours and orientation. One that cannot be used is named on standard error, the others are classified
 all the same, and the exit code is 3.
 

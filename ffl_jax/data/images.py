@@ -45,28 +45,27 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in image.registered_extensions().items() if name in known)
 
 
-def check_regular(path: str | os.PathLike, state: os.stat_result):
+def check_regular(path: str | os.PathLike, state: os.stat_result, limit: int = MAX_FILE_BYTES):
     """Raises DatasetError, without advice, for what never ends or begins when it is read, or is too large."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
     if not stat.S_ISREG(state.st_mode):
         kind = kinds.get(stat.S_IFMT(state.st_mode), "a device")
         raise DatasetError(f"{os.fspath(path)} is {kind}, not a file")
-    if state.st_size > MAX_FILE_BYTES:
+    if state.st_size > limit:
         raise DatasetError(
-            f"{os.fspath(path)} has {state.st_size / 1e9:.1f} GB, and at most {MAX_FILE_BYTES / 1e9:.1f} GB "
-            "are read of a file"
+            f"{os.fspath(path)} has {state.st_size / 1e9:.1f} GB, and at most {limit / 1e9:.1f} GB are read"
         )
 
 
-def read_file(path: str | os.PathLike) -> bytes:
-    """The bytes of a regular file.
+def read_file(path: str | os.PathLike, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
 
     Raises:
       OSError: it cannot be read.
       DatasetError: it is no regular file, or too large.
     """
     state = os.stat(path)
-    check_regular(path, state)
+    check_regular(path, state, limit)
     if not state.st_size:  # some of /proc say 0, and wait or never end
         return b""
     with open(path, "rb") as file:

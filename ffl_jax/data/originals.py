@@ -1,7 +1,6 @@
 """Datasets in the files that their authors publish: read where a user has them, or downloaded once."""
 
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import http.client
@@ -18,8 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import tqdm
-from PIL import Image
 
 from ffl_jax.data import base, images, limits, tfds
 from ffl_jax.errors import DatasetError
@@ -100,6 +97,8 @@ def _sized(config, train, test, class_names):
     if config.image_size in (0, train.image_shape[0]):
         return train, test, class_names
 
+    from PIL import Image
+
     def resized(split):
         pictures = map(Image.fromarray, split.images)
         return base.Split(np.stack([images.resize(one, config.image_size) for one in pictures]), split.labels)
@@ -146,6 +145,8 @@ def fetch(one: Download, folder: pathlib.Path, otherwise: str):
       DatasetError: it cannot be had, or is not what its authors published.
       OSError: it cannot be written.
     """
+    import fcntl  # here and below, for `predict` needs none of it, and runs where some is missing
+
     path, part = folder / one.name, folder / f"{one.name}.part"
     if path.exists():
         return
@@ -173,6 +174,8 @@ def fetch(one: Download, folder: pathlib.Path, otherwise: str):
 
 def _append(one: Download, file) -> str:
     """Appends what is missing of it to a file; returns why that was not all, or ""."""
+    import tqdm
+
     there = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(one.url, headers={"Range": f"bytes={there}-"} if there else {})
     failures = (OSError, http.client.HTTPException, ValueError)

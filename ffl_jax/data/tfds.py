@@ -13,7 +13,6 @@ import logging
 import os
 import pathlib
 import re
-import resource
 
 import numpy as np
 from absl import logging as absl_logging
@@ -180,6 +179,8 @@ class Records(base.Records):
 
 def _allow_open_files(count: int):
     """Lifts this process's limit on open files as far as it may where `count` more would pass it."""
+    import resource  # Windows has none, where `predict` runs all the same
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + 512  # beside them: libraries, checkpoints, the event file, pipes
     if hard != resource.RLIM_INFINITY and hard < needed:

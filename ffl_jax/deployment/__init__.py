@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ffl_jax.data import crops
+from ffl_jax.data import crops, images
 from ffl_jax.deployment import sealing
-from ffl_jax.errors import CheckpointError, ConfigError, FFLError, ResourceError
+from ffl_jax.errors import CheckpointError, ConfigError, DatasetError, FFLError, ResourceError
 
 # What `pip install` must be given to read a file, beside numpy and pillow.
 FORMATS = {"stablehlo": "jax flatbuffers", "safetensors": "jax flax safetensors", "onnx": "onnxruntime"}
@@ -103,7 +103,7 @@ def load(path: str | Path) -> Model:
 def _content(path) -> tuple[str, bytes]:
     """(one of `FORMATS`, the bytes of the file)."""
     try:
-        data = sealing.read_regular(path, sealing.MAX_BYTES)
+        data = images.read_file(path, sealing.MAX_BYTES)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"there is no file {path}: name what python -m ffl_jax.export wrote."
@@ -114,6 +114,8 @@ def _content(path) -> tuple[str, bytes]:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}; name what python -m ffl_jax.export wrote."
         ) from error
+    except DatasetError as error:
+        raise CheckpointError(f"{error}; name what python -m ffl_jax.export wrote.") from error
     except MemoryError as error:
         raise ResourceError(f"{path} needs more memory than there is: free some.") from error
     # ONNX has no mark of its own: a message that begins with the number of its version.

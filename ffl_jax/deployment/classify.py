@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ffl_jax.data import base, folder
-from ffl_jax.deployment import Model, sealing
-from ffl_jax.errors import FFLError, ResourceError
-
-_MAX_BYTES = 2**30  # of an image file
+from ffl_jax.data import folder, images, limits
+from ffl_jax.deployment import Model
+from ffl_jax.errors import DatasetError, FFLError, ResourceError
 
 
 def lines(
@@ -26,7 +24,7 @@ def lines(
     """The most probable classes of image files, as soon as they are known.
 
     Args:
-      arguments: files, folders (all PNG and JPEG files below them), or "-" for one on standard input.
+      arguments: files, folders (all images below them), or "-" for one on standard input.
       refuse: told of each that cannot be used.
       top: how many classes to name.
       batch_size: images that are classified together.
@@ -42,11 +40,11 @@ def lines(
     size = min(batch_size, len(paths))
     for start in range(0, len(paths), size or 1):
         read = {path: _read(model, path, refuse) for path in paths[start : start + size]}
-        images = {path: image for path, image in read.items() if image is not None}
-        if images:
+        usable = {path: image for path, image in read.items() if image is not None}
+        if usable:
             # Always as many, so that nothing is compiled twice; what fills up is not shown.
-            batch = np.resize(np.stack(list(images.values())), (size, *model.image_shape))
-            for path, probabilities in zip(images, _probabilities(model, batch), strict=False):
+            batch = np.resize(np.stack(list(usable.values())), (size, *model.image_shape))
+            for path, probabilities in zip(usable, _probabilities(model, batch), strict=False):
                 chosen = np.argsort(-probabilities, kind="stable")[:top]
                 if as_json:
                     yield _json(model, path, probabilities, chosen)
@@ -65,8 +63,11 @@ def _paths(arguments, refuse):
         except OSError as error:
             refuse(f"{error.filename or argument} cannot be read: {error.strerror}")
             continue
+        except DatasetError as error:
+            refuse(str(error))
+            continue
         if not found:
-            refuse(f"{argument} holds no PNG or JPEG file")
+            refuse(f"{argument} holds no image")
         yield from found
 
 
@@ -81,8 +82,8 @@ def _probabilities(model, batch):
 
 def _read(model, path, refuse) -> np.ndarray | None:
     try:
-        encoded = _standard_input() if path == "-" else sealing.read_regular(path, _MAX_BYTES)
-        with base.damage_named(path, encoded, "replace or leave out the file"):
+        encoded = _standard_input() if path == "-" else images.read_file(path)
+        with images.damage_named(path, encoded, "replace or leave out the file"):
             return model.read_image(encoded)
     except OSError as error:
         refuse(f"{path} cannot be read: {error.strerror}")
@@ -96,9 +97,9 @@ def _read(model, path, refuse) -> np.ndarray | None:
 def _standard_input() -> bytes:
     if sys.stdin is None:
         raise OSError(errno.EBADF, "standard input is closed")
-    encoded = sys.stdin.buffer.read(_MAX_BYTES + 1)
-    if len(encoded) > _MAX_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {_MAX_BYTES:,} bytes")
+    encoded = sys.stdin.buffer.read(limits.MAX_FILE_BYTES + 1)
+    if len(encoded) > limits.MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {limits.MAX_FILE_BYTES:,} bytes")
     return encoded
 
 

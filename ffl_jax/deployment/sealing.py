@@ -1,9 +1,6 @@
 """Each exported file carries the SHA-256 of all its other bytes, and is read whole or not at all."""
 
-import errno
 import hashlib
-import os
-import stat
 from pathlib import Path
 
 from ffl_jax.errors import CheckpointError
@@ -14,7 +11,6 @@ _MARK = b"ffl_jax sha256 "
 _DIGITS = 64
 # What a format writes in its metadata; `write` fills in the digits.
 EMPTY = (_MARK + b"0" * _DIGITS).decode()
-_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 
 def write(path: Path, data: bytes):
@@ -39,20 +35,3 @@ def _digest(data, place) -> bytes:
     for part in (view[:place], b"0" * _DIGITS, view[place + _DIGITS :]):
         sha.update(part)
     return sha.hexdigest().encode()
-
-
-def read_regular(path: str | os.PathLike, limit: int) -> bytes:
-    """The bytes of a regular file; a pipe or a device could keep its reader waiting for ever.
-
-    Raises:
-      OSError: it cannot be read, is something else, or larger than `limit` bytes.
-    """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
-        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", os.fspath(path))
-    if status.st_size > limit:
-        sizes = f"it has {status.st_size:,} bytes, and at most {limit:,} are read"
-        raise OSError(errno.EFBIG, sizes, os.fspath(path))
-    with open(path, "rb") as file:
-        return file.read(status.st_size)

@@ -77,7 +77,7 @@ FILES = {
     "dangling link": ("png", lambda path: path.symlink_to("nowhere"), "No such file or directory"),
     "link to itself": ("png", lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
     "never-ending file": ("png", lambda path: path.symlink_to("/proc/kmsg"), "it has 0 bytes"),
-    "1 GiB and a byte": ("png", sparse, "at most 1.1 GB are read of a file"),
+    "1 GiB and a byte": ("png", sparse, "at most 1.1 GB are read"),
     "text": ("webp", write(b"hello"), "not a PNG or JPEG image, nor any other"),
     "no pixels": ("png", write(header(0, 5)), "cannot be decoded"),
     "10 gigapixels": ("png", write(header(100_000, 100_000)), "exceeds limit"),

@@ -148,12 +148,15 @@ NO_FILES = {
     "nothing": (lambda path: None, "there is no file"),
     "a link to nothing": (lambda path: path.symlink_to("none"), "there is no file"),
     "a link to itself": (lambda path: path.symlink_to(path), "cannot be read"),
-    "a folder": (lambda path: path.mkdir(), "it is a folder, not a regular file"),
-    "a named pipe": (os.mkfifo, "it is a named pipe, not a regular file"),
-    "a socket": (make_socket, "it is a socket, not a regular file"),
-    "a device": (lambda path: path.symlink_to("/dev/zero"), "it is a device, not a regular file"),
+    "a folder": (lambda path: path.mkdir(), "is a folder, not a file"),
+    "a named pipe": (os.mkfifo, "is a named pipe, not a file"),
+    "a socket": (make_socket, "is a socket, not a file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a file"),
     "a name too long": (lambda path: None, "cannot be read"),
-    "3 GB": (lambda path: [path.touch(), os.truncate(path, 3 * 10**9)], "it has 3,000,000,000 bytes"),
+    "3 GB": (
+        lambda path: [path.touch(), os.truncate(path, 3 * 10**9)],
+        "has 3.0 GB, and at most 2.1 GB are read",
+    ),
 }
 
 
@@ -446,12 +449,15 @@ def test_a_device_that_is_not_there(exported, tmp_path, monkeypatch, error, word
 # -- images that are classified -----------------------------------------------------------------------------
 
 PICTURES = {  # in the order of their names: what makes it, and what is said of it
-    "a_pipe.png": (os.mkfifo, "it is a named pipe, not a regular file"),
-    "b_device.png": (lambda path: path.symlink_to("/dev/zero"), "it is a device, not a regular file"),
+    "a_pipe.png": (os.mkfifo, "is a named pipe, not a file"),
+    "b_device.png": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a file"),
     "c_none.png": (lambda path: path.symlink_to("none"), "No such file"),
     "d_empty.png": (lambda path: path.write_bytes(b""), "it has 0 bytes"),
     "e_text.png": (lambda path: path.write_text("no image"), "it is not a PNG or JPEG image"),
-    "f_large.png": (lambda path: [path.touch(), os.truncate(path, 2**31)], "it has 2,147,483,648 bytes"),
+    "f_large.png": (
+        lambda path: [path.touch(), os.truncate(path, 2**31)],
+        "has 2.1 GB, and at most 1.1 GB are read",
+    ),
     "g_line\nfeed.png": (lambda path: path.write_bytes(b""), "it has 0 bytes"),
 }
 
@@ -483,7 +489,7 @@ def test_images_that_cannot_be_used_do_not_stop_the_others(exported, model, tmp_
         assert [os.path.basename(line["path"]) for line in lines] == ["0_first.png", "z_last.png"]
         assert [line["classes"][0]["index"] for line in lines] == [best, best]
         for (name, (_, words)), line in zip(PICTURES.items(), errors, strict=True):
-            assert line.startswith(f"error: {folder}/{' '.join(name.split())} cannot be ")
+            assert line.startswith(f"error: {folder}/{' '.join(name.split())} ")
             assert words in line
         assert isinstance(error, DatasetError)
         assert str(error).startswith(f"{len(PICTURES)} could not be used")
@@ -533,7 +539,7 @@ def test_memory_that_an_image_or_a_batch_needs(model, tmp_path, capsys, monkeypa
 def test_standard_input(model, tmp_path, capsys, monkeypatch, stdin, words):
     if stdin:
         (tmp_path / "image").write_bytes(bytes(1000) if stdin == "large" else b"")
-        monkeypatch.setattr("ffl_jax.deployment.classify._MAX_BYTES", 999)
+        monkeypatch.setattr("ffl_jax.data.limits.MAX_FILE_BYTES", 999)
         stdin = (tmp_path / "image").open()
     monkeypatch.setattr(sys, "stdin", stdin)
     lines, errors, error = run(capsys, f"--model={model}", "--json", "-")
