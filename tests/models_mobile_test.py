@@ -28,6 +28,9 @@ def shapes(module, side):
         ("vgg8", 100, 3_965_028),
         ("vgg13", 100, 9_462_180),
         ("vgg16", 100, 14_774_436),
+        # MCL-OKD's and OKDDip's released codes, built and counted.
+        ("vgg16_pool5", 100, 14_774_436),
+        ("vgg16_pool5_linear3", 100, 15_299_748),
         ("mobilenetv2", 1000, 3_504_872),
         ("mobilenetv2", 10, 2_236_682),
         ("mobilenetv2_x0_5", 100, 812_836),
@@ -50,6 +53,9 @@ def test_parameter_counts(name, classes, expected):
         ("vgg13", 32, (32, 16, 8, 4, 4)),
         ("vgg16", 32, (32, 16, 8, 4, 4)),
         ("vgg16", 224, (224, 112, 56, 28, 14)),
+        ("vgg16_pool5", 32, (32, 16, 8, 4, 1)),
+        ("vgg16_pool5_linear3", 32, (32, 16, 8, 4, 1)),
+        ("vgg16_pool5", 64, (64, 32, 16, 8, 2)),
         ("vgg8", 8, (8, 4, 2, 1, 1)),
         ("vgg8", 63, (63, 31, 15, 7, 7)),
         ("vgg8", 64, (64, 32, 16, 8, 4)),
@@ -96,7 +102,10 @@ def test_early_stride_asks_the_shorter_side():
 # 32 from an image of 64; VGG's pools the map of 8 from an image of 64.
 @pytest.mark.parametrize(
     ("name", "side"),
-    [("vgg8", 64), ("mobilenetv2", 64), ("mobilenetv2", 128), ("shufflenetv1", 64), ("shufflenetv2", 64)],
+    [
+        *(("vgg8", 64), ("vgg16_pool5_linear3", 32), ("mobilenetv2", 64), ("mobilenetv2", 128)),
+        *(("shufflenetv1", 64), ("shufflenetv2", 64)),
+    ],
 )
 def test_every_cut_keeps_names_and_shapes(name, side):
     network = NETWORKS.lookup(name)(10)
@@ -113,7 +122,7 @@ def test_every_cut_keeps_names_and_shapes(name, side):
 
 @pytest.mark.parametrize(
     ("name", "side", "cut"),
-    [("vgg8", 16, 4), ("mobilenetv2", 64, 1), ("shufflenetv2", 64, 2)],
+    [("vgg8", 16, 4), ("vgg16_pool5_linear3", 32, 4), ("mobilenetv2", 64, 1), ("shufflenetv2", 64, 2)],
 )
 def test_trunk_and_branch_are_cuts_of_the_whole_network(name, side, cut):
     network = NETWORKS.lookup(name)(10)
@@ -274,21 +283,46 @@ def test_stems_against_numpy(name, side, stride):
 
 
 @pytest.mark.parametrize(
-    ("index", "side", "pooled"), [(0, 6, False), (2, 6, True), (4, 7, False), (4, 8, True)]
+    ("name", "index", "side", "pooled"),
+    [
+        *(("vgg13", 0, 6, False), ("vgg13", 2, 6, True), ("vgg13", 4, 7, False), ("vgg13", 4, 8, True)),
+        *(("vgg16_pool5", 1, 6, True), ("vgg16_pool5", 4, 4, True)),
+    ],
 )
-def test_stages_of_vgg_against_numpy(index, side, pooled):
+def test_stages_of_vgg_against_numpy(name, index, side, pooled):
     x = np.random.default_rng(3).normal(size=(1, side, side, 3))
-    network = NETWORKS.lookup("vgg13")(10, start=index, stop=index + 1)
+    network = NETWORKS.lookup(name)(10, start=index, stop=index + 1).clone(convolutions=(2,) * 5)
     with jax.enable_x64(True):
         variables = draw_variables(network, jnp.asarray(x))
         actual = jax.jit(functools.partial(network.apply, train=False))(variables, x)
     layers = InNumpy(variables)
-    if pooled:
-        x = x.reshape(1, side // 2, 2, side // 2, 2, 3).max((2, 4))
+    x = halve(x) if pooled else x
     for layer in (1, 2):
         convolved = layers.convolve(x, f"stage{index + 1}_conv{layer}")
         x = relu(layers.norm(convolved, f"stage{index + 1}_norm{layer}"))
+    x = halve(x) if (name, index) == ("vgg16_pool5", 4) else x
     np.testing.assert_allclose(actual, x, rtol=1e-9, atol=1e-9)
+
+
+def halve(x):
+    batch, rows, columns, features = x.shape
+    return x.reshape(batch, rows // 2, 2, columns // 2, 2, features).max((2, 4))
+
+
+def test_three_linear_layers_against_numpy():
+    """From one branch's map, all zero where the last ReLU says so."""
+    network = NETWORKS.lookup("vgg16_pool5_linear3")(10, start=4).clone(convolutions=(1,) * 5)
+    inputs = np.random.default_rng(5).normal(size=(3, 4, 4, 8))
+    with jax.enable_x64(True):
+        variables = draw_variables(network, jnp.asarray(inputs))
+        outputs = jax.jit(functools.partial(network.apply, train=False))(variables, inputs)
+    params = jax.tree.map(np.asarray, variables["params"])
+    features = np.asarray(outputs.feature_map)[:, 0, 0]
+    np.testing.assert_allclose(outputs.features, features)
+    for layer in ("hidden1_head", "hidden2_head"):
+        features = relu(features @ params[layer]["kernel"] + params[layer]["bias"])
+    expected = features @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(outputs.logits, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "ceiling"), [("mobilenetv2", 6), ("mobilenetv2_x0_5", np.inf)])
@@ -332,6 +366,39 @@ def test_biases_of_vgg_start_at_zero():
     np.testing.assert_array_equal(params["stage1_conv1"]["bias"], np.zeros(64))
 
 
-def test_vgg_refuses_images_that_it_cannot_halve():
-    with pytest.raises(ConfigError, match=r"stage 4 got a map of 1 pixel.*at least 8"):
-        shapes(NETWORKS.lookup("vgg8")(10), 7)
+# By the released code of the CRD benchmark and, for VGG-16 with three linear layers, OKDDip's.
+@pytest.mark.parametrize(
+    "name", ["vgg8", "vgg16_pool5_linear3", "mobilenetv2", "mobilenetv2_x0_5", "shufflenetv1", "shufflenetv2"]
+)
+def test_what_kernels_start_from(name):
+    network = NETWORKS.lookup(name)(100)
+    network = network.clone(start=network.num_stages - 1)
+    init = jax.jit(functools.partial(network.init, train=False))
+    params = init(jax.random.key(0), jnp.zeros((1, 4, 4, 48)))["params"]
+    for path, kernel in jax.tree_util.tree_leaves_with_path(params):
+        names, kernel = [key.key for key in path], np.asarray(kernel)
+        in_head = any(part.endswith("head") for part in names)
+        if names[-1] == "bias" and in_head and not name.startswith("shuffle"):
+            np.testing.assert_array_equal(kernel, 0, str(names))
+        if names[-1] != "kernel":
+            continue
+        inputs, outputs = np.prod(kernel.shape[:-1]), np.prod(kernel.shape[:-2]) * kernel.shape[-1]
+        if name.startswith("shuffle"):  # uniform between +-1 / sqrt(inputs), head and convolutions
+            expected = (3 * inputs) ** -0.5
+            assert np.abs(kernel).max() <= inputs**-0.5 + 1e-6
+        else:  # normal
+            expected = 0.01 if in_head else (2 / outputs) ** 0.5
+            assert np.abs(kernel).max() > 2 * expected
+        assert abs(kernel.std() / expected - 1) < 5 / np.sqrt(2 * kernel.size), names
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "message"),
+    [
+        ("vgg8", 7, r"three times, but stage 4 got a map of 1 pixel.*at least 8"),
+        ("vgg16_pool5", 31, r"five times, but stage 5 got a map of 1 pixel.*at least 32"),
+    ],
+)
+def test_vgg_refuses_images_that_it_cannot_halve(name, side, message):
+    with pytest.raises(ConfigError, match=message):
+        shapes(NETWORKS.lookup(name)(10), side)

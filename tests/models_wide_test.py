@@ -34,16 +34,27 @@ SIZES = [
     ("googlenet", 100, 6_258_500),
     # 0.8 M in the paper's table 2; the exact count is the one that re-implementations agree on.
     ("densenet_bc100_12", 10, 769_162),
+    # The released codes, built and counted: ONE's ResNet-110, OKDDip's DenseNet-40-12, RepDistiller's WRNs.
+    ("resnet164_bottleneck", 100, 1_727_284),
+    ("densenet_bc40_12", 100, 188_092),
+    ("wrn16_1_unbiased", 100, 180_916),
+    ("wrn16_2_unbiased", 100, 703_284),
+    ("wrn40_2_unbiased", 100, 2_255_156),
 ]
 # The maps [side, channels] of 32 x 32 images; of 224 x 224 ones for ResNet-50.
 MAPS = {
     "resnet110_bottleneck": [(32, 64), (16, 128), (8, 256)],
+    "resnet164_bottleneck": [(32, 64), (16, 128), (8, 256)],
     "wrn20_8": [(32, 64), (16, 128), (8, 256)],
     "resnet50": [(56, 256), (28, 512), (14, 1024), (7, 2048)],
     "wrn16_2": [(32, 32), (16, 64), (8, 128)],
     "wrn40_2": [(32, 32), (16, 64), (8, 128)],
     "wrn28_10": [(32, 160), (16, 320), (8, 640)],
+    "wrn16_1_unbiased": [(32, 16), (16, 32), (8, 64)],
+    "wrn16_2_unbiased": [(32, 32), (16, 64), (8, 128)],
+    "wrn40_2_unbiased": [(32, 32), (16, 64), (8, 128)],
     "densenet40_12": [(32, 168), (16, 312), (8, 456)],
+    "densenet_bc40_12": [(32, 96), (16, 120), (8, 132)],
     "densenet_bc100_12": [(32, 216), (16, 300), (8, 342)],
     "googlenet": [(32, 480), (16, 832), (8, 1024)],
 }
@@ -51,6 +62,7 @@ MAPS = {
 SMALL = {
     "resnet110_bottleneck": dict(blocks=2),
     "wrn16_2": dict(blocks=2),
+    "wrn16_2_unbiased": dict(blocks=2),
     "densenet40_12": dict(layers=2, growth=3),
     "densenet_bc100_12": dict(layers=2, growth=3),
     "googlenet": dict(
@@ -144,6 +156,18 @@ def wide_resnet(net, x):
         yield net.norm(x, "stage3_norm") if stage == 3 else x
 
 
+def unbiased_wide_resnet(net, x):
+    x = net.conv(x, "stem_conv")
+    for stage in (1, 2, 3):
+        for block in (1, 2):
+            at = f"stage{stage}_block{block}"
+            stride = 2 if stage > 1 and block == 1 else 1
+            activated = net.norm(x, f"{at}/norm1")
+            y = net.conv(net.norm(net.conv(activated, f"{at}/conv1", stride), f"{at}/norm2"), f"{at}/conv2")
+            x = y + (net.conv(activated, f"{at}/shortcut_conv", stride) if block == 1 else x)
+        yield net.norm(x, "stage3_norm") if stage == 3 else x
+
+
 def densenet(net, x, bottleneck):
     x = net.conv(x, "stem_conv")
     for stage in (1, 2, 3):
@@ -180,6 +204,7 @@ def googlenet(net, x):
 REFERENCES = {
     "resnet110_bottleneck": bottleneck_resnet,
     "wrn16_2": wide_resnet,
+    "wrn16_2_unbiased": unbiased_wide_resnet,
     "densenet40_12": functools.partial(densenet, bottleneck=False),
     "densenet_bc100_12": functools.partial(densenet, bottleneck=True),
     "googlenet": googlenet,
@@ -260,6 +285,36 @@ def test_names_do_not_depend_on_the_cut(name):
             )
             assert not trunk.keys() & branch.keys()
             assert {**trunk, **branch} == whole[kind]
+
+
+# By the released codes, RepDistiller's and OKDDip's: the standard deviation of each convolution from its
+# outputs or its inputs, by hand, and heads without a bias at first.
+@pytest.mark.parametrize(
+    ("name", "deviations"),
+    [
+        # sqrt(2 / (9 * 128)), sqrt(2 / 128)
+        ("wrn16_2_unbiased", {"stage3_block1/conv1": 0.041667, "stage3_block1/shortcut_conv": 0.125}),
+        # sqrt(2 / 27), sqrt(2 / 96), sqrt(2 / (9 * 48))
+        (
+            "densenet_bc40_12",
+            {"stem_conv": 0.272166, "stage2_transition_conv": 0.144338, "stage3_layer2/conv2": 0.068041},
+        ),
+        # sqrt(2 / (9 * 12)), sqrt(2 / 168)
+        ("densenet40_12", {"stage1_layer1/conv1": 0.136083, "stage2_transition_conv": 0.109109}),
+    ],
+)
+def test_what_convolutions_and_heads_start_from(name, deviations):
+    network = NETWORKS.lookup(name)(100)
+    init = jax.jit(functools.partial(network.init, train=False))
+    params = dict(walk(init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))["params"]))
+    for path, expected in deviations.items():
+        kernel = params[f"{path}/kernel"]
+        assert abs(kernel.std() / expected - 1) < 4 / np.sqrt(2 * kernel.size), path
+    assert np.any(params["head/bias"]) == (name == "densenet40_12")
+    bound = len(params["head/kernel"]) ** -0.5
+    assert 0.9 * bound < np.abs(params["head/kernel"]).max() <= bound + 1e-6
+    if name == "wrn16_2_unbiased":
+        assert not any("conv" in path and path.endswith("bias") for path in params)
 
 
 def test_biases_start_uniform_by_the_inputs_of_a_convolution():

@@ -52,7 +52,7 @@ class AFD(Method):
     choices: ClassVar = {"discriminator": ("image", "patch")}
     trains: ClassVar[dict[str, str]] = {
         "logit": "subnetworks/.*",
-        "feature": "subnetworks/(?!.*/head/).*|transfers_.*",
+        "feature": "subnetworks/(?!.*head/).*|transfers_.*",
         "discriminator": "discriminators_.*",
     }
 

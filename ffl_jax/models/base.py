@@ -13,6 +13,13 @@ from ffl_jax.registry import Registry
 
 NETWORKS = Registry("network")
 
+# What convolutions start from: Normal(0, sqrt(2 / (kernel**2 * features))), for their outputs, …
+FAN_OUT = initializers.variance_scaling(2.0, "fan_out", "normal")
+# … the same for their inputs, …
+FAN_IN = initializers.variance_scaling(2.0, "fan_in", "normal")
+# … or U(-1 / sqrt(n), 1 / sqrt(n)) of n inputs, PyTorch's default.
+UNIFORM = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
 
 @flax.struct.dataclass
 class NetworkOutputs:
@@ -46,7 +53,7 @@ class Network(nn.Module):
     feature map there; with `start` > 0 it takes that map in place of images. Names of parameters do not
     depend on the cut: trunk and branch together hold the names of the whole network.
 
-    A family defines `num_stages`, `stem` and `stage`.
+    A family defines `num_stages`, `stem` and `stage`, and `classify` where one linear layer is not all.
 
     Attributes:
       num_classes: C.
@@ -67,6 +74,10 @@ class Network(nn.Module):
         """Stage `index`, 0-based: map -> map."""
         raise NotImplementedError
 
+    def classify(self, features: jax.Array) -> jax.Array:
+        """What comes after the last stage: pooled [B, D] -> logits [B, C]. Layers' names end in "head"."""
+        return dense(self.num_classes, features.shape[-1], name="head")(features)
+
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> NetworkOutputs | jax.Array:
         """[B, H, W, 3] images, or the map before stage `start`; `train` uses and updates batch statistics."""
@@ -79,8 +90,7 @@ class Network(nn.Module):
         if self.stop is not None:
             return x
         features = x.mean(axis=(1, 2))
-        logits = dense(self.num_classes, features.shape[-1], name="head")(features)
-        return NetworkOutputs(logits, features, tuple(feature_maps))
+        return NetworkOutputs(self.classify(features), features, tuple(feature_maps))
 
 
 class BasicBlock(nn.Module):
@@ -153,12 +163,13 @@ def conv_norm(
     *,
     name: str,
     activation: Callable | None = lambda x: nn.relu(x),  # looked up then, since a test puts its own there
+    kernel_init: initializers.Initializer = FAN_OUT,
 ) -> jax.Array:
     """`conv`, then `batch_norm`, then `activation` if any: [B, H, W, D] -> [B, H, W, features].
 
     Args: name: of both layers, with "conv" and "norm" in place of its "*".
     """
-    x = conv(features, kernel, stride, groups, name=name.replace("*", "conv"))(x)
+    x = conv(features, kernel, stride, groups, name.replace("*", "conv"), kernel_init=kernel_init)(x)
     x = batch_norm(train, name=name.replace("*", "norm"))(x)
     return activation(x) if activation else x
 
@@ -170,11 +181,12 @@ def conv(
     groups: int = 1,
     name: str | None = None,
     bias_init: initializers.Initializer | None = None,
+    kernel_init: initializers.Initializer = FAN_OUT,
 ) -> nn.Conv:
     """Square convolution, padded by (kernel - 1) / 2 on every side; with a bias where `bias_init` is given.
 
     The padding is explicit: "SAME" pads (0, 1) at stride 2 on even inputs and is not what the papers' code
-    computes. Weights start from Normal(0, sqrt(2 / (kernel**2 * features))).
+    computes.
     """
     return convolutions.Conv(
         features,
@@ -183,7 +195,7 @@ def conv(
         padding=(kernel - 1) // 2,
         feature_group_count=groups,
         use_bias=bias_init is not None,
-        kernel_init=initializers.variance_scaling(2.0, "fan_out", "normal"),
+        kernel_init=kernel_init,
         bias_init=bias_init or initializers.zeros,
         name=name,
     )
@@ -211,9 +223,17 @@ def batch_norm(train: bool, name: str | None = None, momentum: float = 0.9) -> n
     )
 
 
-def dense(features: int, fan_in: int, name: str | None = None) -> nn.Dense:
+def dense(
+    features: int, fan_in: int, name: str | None = None, bias_init: initializers.Initializer | None = None
+) -> nn.Dense:
     """Linear layer of `fan_in` inputs; weights and bias start from `uniform(fan_in)`, as in PyTorch."""
-    return nn.Dense(features, kernel_init=uniform(fan_in), bias_init=uniform(fan_in), name=name)
+    bias_init = bias_init or uniform(fan_in)
+    return nn.Dense(features, kernel_init=uniform(fan_in), bias_init=bias_init, name=name)
+
+
+def small_dense(features: int, name: str | None = None) -> nn.Dense:
+    """Linear layer that starts from Normal(0, 0.01), its bias from 0: that of VGG and MobileNetV2."""
+    return nn.Dense(features, kernel_init=initializers.normal(0.01), name=name)
 
 
 def uniform(fan_in: int) -> initializers.Initializer:

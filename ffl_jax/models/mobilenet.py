@@ -6,7 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-from ffl_jax.models.base import NETWORKS, Network, conv_norm, early_stride
+from ffl_jax.models.base import NETWORKS, Network, conv_norm, early_stride, small_dense
 
 # Widths of the inverted residuals in each stage. All but the first stage expand by 6.
 _WIDTHS = ((16,), (24,) * 2, (32,) * 3, (64,) * 4 + (96,) * 3, (160,) * 3 + (320,))
@@ -57,6 +57,9 @@ class MobileNetV2(Network):
         if index == self.num_stages - 1:
             x = conv_norm(x, train, 1280, 1, name=f"stage{index + 1}_*", activation=self.activation)
         return x
+
+    def classify(self, features):
+        return small_dense(self.num_classes, name="head")(features)
 
 
 class InvertedResidual(nn.Module):

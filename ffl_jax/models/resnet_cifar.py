@@ -1,7 +1,9 @@
 """CIFAR ResNets: He et al., 2016, sec. 4.2, with the details of the released code of FFL, ONE and OKDDip.
 
-"ResNet-110" names two networks in the literature: 18 basic blocks a stage (`resnet110`; FFL), and 12
-bottleneck blocks a stage (`resnet110_bottleneck`; ONE, OKDDip, PCL), which has two thirds of the parameters.
+"ResNet-110" names three networks in the literature, of 1,736,564, 1,170,868 and 1,727,284 parameters for 100
+classes: 18 basic blocks a stage (`resnet110`; FFL, RepDistiller), 12 bottleneck blocks a stage
+(`resnet110_bottleneck`; OKDDip, MCL-OKD, PCL), and 18 bottleneck blocks a stage (`resnet164_bottleneck`; ONE,
+whose code takes bottlenecks from depth 44 on).
 """
 
 import functools
@@ -36,7 +38,10 @@ class ResNetCifar(Network):
 for _depth in (8, 14, 20, 32, 44, 56, 110):
     NETWORKS.register(f"resnet{_depth}")(functools.partial(ResNetCifar, blocks=(_depth - 2) // 6))
 # Depth 9n + 2.
-NETWORKS.register("resnet110_bottleneck")(functools.partial(ResNetCifar, blocks=12, bottleneck_width=1))
+for _depth in (110, 164):
+    NETWORKS.register(f"resnet{_depth}_bottleneck")(
+        functools.partial(ResNetCifar, blocks=(_depth - 2) // 9, bottleneck_width=1)
+    )
 # The wide network of OKDDip and PCL (torchvision's width_per_group=512), no pre-activation network as in
 # `wide_resnet`.
 NETWORKS.register("wrn20_8")(functools.partial(ResNetCifar, blocks=2, bottleneck_width=8))

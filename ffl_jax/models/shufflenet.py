@@ -1,10 +1,18 @@
-"""ShuffleNets: v1 of Zhang et al., 2018, arXiv 1707.01083; v2 of Ma et al., 2018, arXiv 1807.11164."""
+"""ShuffleNets: v1 of Zhang et al., 2018, arXiv 1707.01083; v2 of Ma et al., 2018, arXiv 1807.11164.
+
+All convolutions start from PyTorch's default, as in the CRD benchmark's and torchvision's code.
+"""
+
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ffl_jax.models.base import NETWORKS, Network, conv_norm, early_stride
+from ffl_jax.models import base
+from ffl_jax.models.base import NETWORKS, UNIFORM, Network, early_stride
+
+conv_norm = functools.partial(base.conv_norm, kernel_init=UNIFORM)
 
 _BLOCKS = (4, 8, 4)  # in each stage, of both versions
 _GROUPS = 3  # of the pointwise convolutions, version 1
