@@ -193,6 +193,7 @@ def test_published_pair(module):
         "variant": "additive",
         "weight": 1.0,
         "temperature": 3.0,
+        "smoothing": 0.0,
     }
     assert config.optimizer == module.get_config("method=independent").optimizer
     # ResNet-32 with projections, 10 and 100 classes: 466906 and 472756 parameters.

@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
-from ffl_jax import losses
+from configs import common
+from ffl_jax import losses, methods
+from ffl_jax.methods import METHODS
+from ffl_jax.methods.subnetworks import build
 
 STUDENT, TEACHER = np.array([[1.0, 2, 3], [0, 0, 0]]), np.array([[3.0, 1, 0], [1, -1, 0]])
 SMOOTHING = 1e-7
@@ -145,10 +149,12 @@ def test_kl_divergence_of_extremes_is_finite_and_exact(dtype, smoothing):
         np.testing.assert_allclose(values, expected, rtol=2e-6, atol=1e-6 * temperature**2)
         # Gradients come in the type of the logits: bfloat16 keeps 8 bits.
         rtol = 1e-5 if dtype == jnp.float32 else 2**-8
-        for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
             assert gradient.dtype == dtype
             gradient = np.asarray(gradient, np.float64)
-            np.testing.assert_allclose(gradient, reference, rtol=rtol, atol=2e-6 * max(1, temperature))
+            np.testing.assert_allclose(
+                gradient, expected_gradient, rtol=rtol, atol=2e-6 * max(1, temperature)
+            )
 
 
 def test_kl_divergence_broadcasts_a_teacher_over_subnetworks():
@@ -165,3 +171,91 @@ def test_losses_are_float32(types):
     students, teachers = (jnp.asarray(x, dtype) for x, dtype in zip((STUDENT, TEACHER), types, strict=True))
     assert losses.kl_divergence(students, teachers, 3.0, SMOOTHING).dtype == jnp.float32
     assert losses.cross_entropy(students, jnp.array([0, 1])).dtype == jnp.float32
+
+
+# -- forms of the released codes -----------------------------------------------------------------------------
+
+GATE = reference.softmax(np.random.default_rng(7).normal(size=(reference.BATCH, 3)))
+ATTENTION = reference.softmax(np.random.default_rng(8).normal(size=(reference.BATCH, 2, 2)))
+
+
+def targets_of(name, seen, settings):
+    """[(a learner, what it learns from, the share of that)] by the formulas, of the logits that are seen."""
+    logits, gate = seen
+    others = [[z for other, z in enumerate(logits) if other != k] for k in range(3)]
+    if name == "one":
+        return [(k, np.einsum("bk,kbc->bc", gate, logits), 1) for k in range(3)]
+    if name == "okddip":
+        peers = np.einsum("bad,dbc->abc", ATTENTION, logits[:2])
+        return [(0, peers[0], 1), (1, peers[1], 1), (2, logits[:2].mean(axis=0), 1)]
+    if settings.get("variant") == "pairwise":
+        return [(k, z, 1 / 2) for k in range(3) for z in others[k]]
+    return [(k, np.mean(others[k], axis=0), 1) for k in range(3)]
+
+
+def released_loss(name, learners, seen, settings):
+    """The loss in NumPy: `learners` is (logits, gate) where a prediction learns, `seen` where it teaches."""
+    logits, gate = learners
+    predictions = [*logits, np.einsum("bk,kbc->bc", gate, logits)] if name == "one" else logits
+    total = sum(reference.cross_entropy(z, reference.LABELS).mean() for z in predictions)
+    temperature, weight = settings["temperature"], 1.0 if name == "dml" else reference.RAMP
+    for k, target, share in targets_of(name, seen, settings):
+        q = reference.softmax(target / temperature) + settings["smoothing"]
+        gap = np.log(q) - np.log(reference.softmax(logits[k] / temperature))
+        total += weight * share * temperature**2 * (q * gap).sum(-1).mean()
+    return total
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.01])
+@pytest.mark.parametrize("detached", [True, False])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("dml", {"variant": "pairwise"}),
+        ("dml", {"variant": "mean_logits"}),
+        ("cl_ilr", {"cross_entropy_weight": 1.0, "distillation_weight": 1.0, "rampup_epochs": 80.0}),
+        ("one", {}),
+        ("okddip", {}),
+    ],
+)
+def test_targets_that_gradients_flow_into(name, more, detached, smoothing):
+    """Against central differences of the formula, through the learners alone or through the targets too.
+
+    A smoothing of 0.01, since 1e-7 would be lost in the differences.
+    """
+    settings = {"temperature": 3.0, "smoothing": smoothing}
+    flag = {"target_grad": "none" if detached else "full"} if name == "okddip" else {}
+    flag = flag or {"detached_targets": detached}
+    logits = reference.draw_logits(3)
+    with jax.enable_x64(True):
+        networks = build("tiny", 3, reference.CLASSES, 2)
+        method = METHODS[name](networks, reference.CLASSES, **settings, **more, **flag)
+
+        def loss(logits, gate):
+            outputs = {"logits": logits, "attention": jnp.asarray(ATTENTION), "gate": gate}
+            outputs["ensemble_logits"] = logits[:2].mean(axis=0)
+            outputs["fused_logits"] = jnp.einsum("bk,kbc->bc", gate, logits)
+            epoch = jnp.asarray(reference.EPOCH)
+            return method.objectives(outputs, jnp.asarray(reference.LABELS), epoch)[0]["loss"]
+
+        value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(logits, GATE)
+
+    fixed, settings = (logits, GATE), settings | more
+    expected = reference.slopes(
+        lambda x: released_loss(name, x, fixed if detached else x, settings), list(fixed)
+    )
+    np.testing.assert_allclose(value, released_loss(name, fixed, fixed, settings), rtol=1e-6)
+    for actual, slope in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(actual, slope, rtol=1e-6, atol=1e-7)
+
+
+def test_smoothing_of_a_trained_teacher():
+    student, teacher = reference.draw_logits(2)
+    config = common.get_config("method=kd,network=tiny")
+    config.method.smoothing = 0.01
+    outputs = {"logits": jnp.asarray(student[None]), "teacher_logits": (jnp.asarray(teacher),)}
+    objectives = methods.build(config, 3).objectives(outputs, jnp.asarray(reference.LABELS), jnp.float32(0))
+    q = reference.softmax(teacher / 3) + 0.01
+    kd = 9 * (q * np.log(q / reference.softmax(student / 3))).sum(-1).mean()
+    expected = reference.cross_entropy(student, reference.LABELS).mean() + kd
+    np.testing.assert_allclose(objectives[0]["loss"], expected, rtol=1e-6)

@@ -290,6 +290,7 @@ def test_recipe():
         "rampup_epochs": 80.0,
         "distillation_weight": 1.0,
         "target_grad": "full",
+        "smoothing": 0.0,
     }
     assert (config.subnetworks.num, config.subnetworks.shared_stages) == (4, 2)
     large = imagenet.get_config("method=okddip")

@@ -16,20 +16,27 @@ class CLILR(Method):
     Where the trunk ends, the gradient that comes from the K heads is divided by K: the trunk learns as fast
     as in one network, however many heads it carries. No gradient flows into a target.
 
-    Weights, temperature and recipe are those of MCL-OKD's released re-implementation, with K = 4; OKDDip's
-    has `cross_entropy_weight=1 distillation_weight=1 temperature=3 rampup_epochs=80`.
+    That all heads meet at one place is OKDDip's released re-implementation. Weights, temperature and recipe
+    are those of MCL-OKD's, with K = 4, which has a tree: stem and first stage exist once, the second stage
+    twice, the third four times, and the gradient is halved at both splits; ResNet-32 has 1,642,016
+    parameters there for 100 classes, and 1,553,248 here. OKDDip's has `cross_entropy_weight=1
+    distillation_weight=1 temperature=3 rampup_epochs=80 detached_targets=False smoothing=1e-7`.
 
     Attributes:
       temperature: of both sides of every KL.
       cross_entropy_weight: b.
       distillation_weight: a.
       rampup_epochs: the weight w rises over these many epochs; 0 holds it at 1.
+      detached_targets: whether no gradient flows into a target, as in MCL-OKD; OKDDip's script stops none.
+      smoothing: added to every target probability; OKDDip's script has 1e-7.
     """
 
     temperature: float = 2.0
     cross_entropy_weight: float = 0.5
     distillation_weight: float = 0.5
     rampup_epochs: float = 0.0
+    detached_targets: bool = True
+    smoothing: float = 0.0
 
     shares_trunk = True
     needs_trunk = "its heads rescale the gradient of the layers that they share"
@@ -47,8 +54,8 @@ class CLILR(Method):
     def objectives(self, outputs, labels, epoch):
         logits = outputs["logits"]
         ce = cross_entropy(logits, labels).mean(-1)
-        target = of_others(stop_gradient(logits)).mean(axis=1)
-        kd = kl_divergence(logits, target, self.temperature).mean(-1)
+        target = of_others(stop_gradient(logits) if self.detached_targets else logits).mean(axis=1)
+        kd = kl_divergence(logits, target, self.temperature, self.smoothing).mean(-1)
         weight = self.distillation_weight * sigmoid_rampup(jnp.floor(epoch), self.rampup_epochs)
         names = self.subnetwork_names()
         logs = terms("cross_entropy", names, ce, LABELS) | terms("distillation", names, kd, KNOWLEDGE)

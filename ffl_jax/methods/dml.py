@@ -20,8 +20,9 @@ class DML(Method):
     as in nearly all public code; the authors update one after another and run it again before the next.
 
     The recipe is the paper's, second-hand. "DML" in others' tables is often not this: OKDDip's script has one
-    target, the mean of the others' logits, at temperature 3 (`variant="mean_logits"`), and MCL-OKD's shares
-    the stem and the first stage (`config.subnetworks.shared_stages=1`), with K = 4 and temperature 2.
+    target, the mean of the others' logits, at temperature 3, into which gradients flow
+    (`variant="mean_logits"`, `temperature=3`, `detached_targets=False`, `smoothing=1e-7`), and MCL-OKD's
+    shares the stem and the first stage (`config.subnetworks.shared_stages=1`), with K = 4 and temperature 2.
 
     `ensemble` is the mean of the logits, as for every method; `probability_ensemble` that of the
     probabilities, as is usual for this one.
@@ -31,11 +32,15 @@ class DML(Method):
         paper's DML_e) or "mean_logits".
       temperature: of both sides of every KL.
       normalize: whether pairs are divided by K - 1, as in the paper; the authors' code sums them.
+      detached_targets: whether no gradient flows into a target, as in the paper; OKDDip's script stops none.
+      smoothing: added to every target probability; OKDDip's script has 1e-7.
     """
 
     variant: str = "pairwise"
     temperature: float = 1.0
     normalize: bool = True
+    detached_targets: bool = True
+    smoothing: float = 0.0
 
     choices: ClassVar = {"variant": ("pairwise", "mean_probabilities", "mean_logits")}
 
@@ -48,15 +53,15 @@ class DML(Method):
     def objectives(self, outputs, labels, epoch):
         logits = outputs["logits"]
         ce = cross_entropy(logits, labels).mean(-1)
-        others = of_others(stop_gradient(logits))  # [K, K - 1, B, C]
+        others = of_others(stop_gradient(logits) if self.detached_targets else logits)  # [K, K - 1, B, C]
         if self.variant == "pairwise":
-            kd = kl_divergence(logits[:, None], others, self.temperature).mean(-1).sum(axis=1)
+            kd = kl_divergence(logits[:, None], others, self.temperature, self.smoothing).mean(-1).sum(axis=1)
             kd = kd / (len(logits) - 1) if self.normalize else kd
         else:
             target = others.mean(axis=1)
             if self.variant == "mean_probabilities":
                 target = mean_probability_logits(others, self.temperature)
-            kd = kl_divergence(logits, target, self.temperature).mean(-1)
+            kd = kl_divergence(logits, target, self.temperature, self.smoothing).mean(-1)
         names = self.subnetwork_names()
         logs = terms("cross_entropy", names, ce, LABELS) | terms("distillation", names, kd, KNOWLEDGE)
         return {"loss": ce.sum() + kd.sum()}, logs

@@ -26,11 +26,13 @@ class KD(OfflineMethod):
       variant: "additive" or "blend".
       weight: a; below 1 in the blend.
       temperature: of both sides of the KL.
+      smoothing: added to the target's probabilities.
     """
 
     variant: str = "additive"
     weight: float = 1.0
     temperature: float = 3.0
+    smoothing: float = 0.0
 
     choices: ClassVar = {"variant": ("additive", "blend")}
     trains: ClassVar[dict[str, str]] = {"loss": "(?!teachers/).*"}
@@ -61,7 +63,7 @@ class KD(OfflineMethod):
         logits = outputs["logits"][0]
         target = stop_gradient(jnp.stack(outputs["teacher_logits"]).mean(axis=0))
         ce = cross_entropy(logits, labels).mean()
-        kd = kl_divergence(logits, target, self.temperature).mean()
+        kd = kl_divergence(logits, target, self.temperature, self.smoothing).mean()
         share = 1.0 if self.variant == "additive" else 1 - self.weight
         logs = terms("cross_entropy", ["student"], [ce], LABELS)
         logs |= terms("distillation", ["student"], [kd], KNOWLEDGE)

@@ -24,7 +24,8 @@ class OKDDip(Method):
     leader learns from t_l = mean_a z_a.
 
     The released code stops no gradient into a target: the projections learn through it alone. Its values and
-    recipe are ours, with K = 4. `ensemble` is the mean of the peers ("OKDDip-E").
+    recipe are ours, with K = 4, but for its smoothing of 1e-7. `ensemble` is the mean of the peers
+    ("OKDDip-E").
 
     Attributes:
       temperature: of both sides of every KL.
@@ -33,12 +34,14 @@ class OKDDip(Method):
       target_grad: "full" lets the gradient flow into targets as the released code does; "attention" lets it
         reach alpha, and the features behind, but not the logits that alpha or the mean mixes; "none" stops
         it, and the projections learn nothing. The last two are ours.
+      smoothing: added to every target probability.
     """
 
     temperature: float = 3.0
     rampup_epochs: float = 80.0
     distillation_weight: float = 1.0
     target_grad: str = "full"
+    smoothing: float = 0.0
 
     choices: ClassVar = {"target_grad": ("full", "attention", "none")}
     headline = "leader"
@@ -78,7 +81,7 @@ class OKDDip(Method):
         targets = jnp.concatenate([peer_targets, leader_target[None]])
 
         ce = cross_entropy(logits, labels).mean(-1)
-        kd = kl_divergence(logits, targets, self.temperature).mean(-1)
+        kd = kl_divergence(logits, targets, self.temperature, self.smoothing).mean(-1)
         weight = self.distillation_weight * sigmoid_rampup(jnp.floor(epoch), self.rampup_epochs)
         names = self.subnetwork_names()
         logs = terms("cross_entropy", names, ce, LABELS) | terms("distillation", names, kd, KNOWLEDGE)

@@ -19,16 +19,22 @@ class ONE(Method):
     The gate g, a softmax over the K branches for every example, learns through CE(z_f) alone, which reaches
     the branches too; as a target z_f is constant. The trunk takes the plain sum of the branches' gradients.
 
-    Values and recipe are those of the released code, with K = 3; the ramp w is in its scripts, not in the
-    paper's formula. `sub_0` ("ONE") is shipped; `fused` is z_f ("ONE-E") and costs all branches.
+    Values and recipe are those of the released code, with K = 3, but for its smoothing of 1e-7; the ramp w is
+    in its scripts, not in the paper's formula. OKDDip's re-implementation lets the gradient of the KL into
+    z_f, and so to all branches and the gate (`detached_targets=False`). `sub_0` ("ONE") is shipped; `fused`
+    is z_f ("ONE-E") and costs all branches.
 
     Attributes:
       temperature: of both sides of every KL.
       rampup_epochs: the weight w rises over these many epochs; 0 holds it at 1.
+      detached_targets: whether z_f is constant as a target.
+      smoothing: added to the target's probabilities.
     """
 
     temperature: float = 3.0
     rampup_epochs: float = 80.0
+    detached_targets: bool = True
+    smoothing: float = 0.0
 
     fuses = True
     shares_trunk = True
@@ -54,7 +60,8 @@ class ONE(Method):
     def objectives(self, outputs, labels, epoch):
         logits, fused_logits = outputs["logits"], outputs["fused_logits"]
         ce, fused_ce = cross_entropy(logits, labels).mean(-1), cross_entropy(fused_logits, labels).mean()
-        kd = kl_divergence(logits, stop_gradient(fused_logits), self.temperature).mean(-1)
+        target = stop_gradient(fused_logits) if self.detached_targets else fused_logits
+        kd = kl_divergence(logits, target, self.temperature, self.smoothing).mean(-1)
         weight = sigmoid_rampup(jnp.floor(epoch), self.rampup_epochs)
         loss = ce.sum() + fused_ce + weight * kd.sum()
 

@@ -26,8 +26,13 @@ class PCL(Method):
     `ema_0` ("PCL" in the paper's tables) is what one would ship; `ema_fused` ("PCL-E") is stronger and costs
     all peers. Recipe and what the paper leaves open follow a public re-implementation
     (shaoeric/Peer-Collaborative-Learning-for-Online-Knowledge-Distillation), but for its ramp-up, which
-    divides the epoch by the weight of the loss in place of the ramp's 80 epochs. It also runs the trunk on
-    one view after another, where ours takes their batch statistics over all views together.
+    divides the epoch by the weight of the loss in place of the ramp's 80 epochs. Also different there:
+
+    - The trunk runs on one view after another, where ours takes their batch statistics over all views
+      together. Its running statistics so move three times a step, by 1 - 0.9**3 = 0.271 in all; ours by 0.1.
+    - The linear layers of its three peers start equal (but for VGG's), and its averaged copy starts from a
+      draw of its own, which the first step replaces; our peers start apart, and the copy as a copy.
+    - Its DenseNet lacks the norm before the last ReLU: 187,828 parameters a peer for 100 classes.
 
     The copy is the collection "ema" of the model state, which holds variables of the same names as ours.
 
