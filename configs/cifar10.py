@@ -9,8 +9,10 @@ from configs import common
 
 
 def get_config(arg=None):
-    config = common.get_config(arg, "cifar10")
+    channels = {
+        "data.mean": (125.3 / 255, 123.0 / 255, 113.9 / 255),
+        "data.std": (63.0 / 255, 62.1 / 255, 66.7 / 255),
+    }
+    config = common.get_config(arg, "cifar10", channels)
     config.data.name = "cifar10"
-    config.data.mean = (125.3 / 255, 123.0 / 255, 113.9 / 255)
-    config.data.std = (63.0 / 255, 62.1 / 255, 66.7 / 255)
     return config

@@ -11,8 +11,10 @@ from configs import common
 
 
 def get_config(arg=None):
-    config = common.get_config(arg, "cifar100")
+    channels = {
+        "data.mean": (129.3 / 255, 124.1 / 255, 112.4 / 255),
+        "data.std": (68.2 / 255, 65.4 / 255, 70.4 / 255),
+    }
+    config = common.get_config(arg, "cifar100", channels)
     config.data.name = "cifar100"
-    config.data.mean = (129.3 / 255, 124.1 / 255, 112.4 / 255)
-    config.data.std = (68.2 / 255, 65.4 / 255, 70.4 / 255)
     return config

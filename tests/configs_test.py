@@ -128,6 +128,24 @@ def test_cifar_channels():
     assert cifar10.get_config().data.std == pytest.approx((0.247059, 0.243529, 0.261569), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("module", "arg", "std"),
+    [  # ONE's script has these for both, FFSD's first revision for CIFAR-10; the others have the dataset's.
+        (cifar100, "method=one", (0.2023, 0.1994, 0.2010)),
+        (cifar10, "method=one", (0.2023, 0.1994, 0.2010)),
+        (cifar10, "method=ffsd", (0.2023, 0.1994, 0.2010)),
+        (cifar100, "method=ffsd", (0.267451, 0.256471, 0.276078)),
+        (cifar100, "method=one,recipe=common", (0.267451, 0.256471, 0.276078)),
+        (cifar10, "method=ffsd,recipe=common", (0.247059, 0.243529, 0.261569)),
+    ],
+)
+def test_channels_of_a_method_of_its_own(module, arg, std):
+    data = module.get_config(arg).data
+    assert data.std == pytest.approx(std, abs=1e-6)
+    own = std[0] == 0.2023
+    assert (data.mean == (0.4914, 0.4822, 0.4465)) == own
+
+
 def test_digits_are_not_flipped():
     assert digits.get_config().data.flip is False
     assert load("svhn").data.flip is False

@@ -89,7 +89,11 @@ class FFSD(Method):
         decoder = {"name": "adam", "learning_rate": 1e-3, "weight_decay": 1e-4}
         recipe = {}
         if data == "cifar10":  # only the first public revision of the code has it
-            recipe = {"data.pad_mode": "zero"}
+            recipe = {
+                "data.pad_mode": "zero",
+                "data.mean": (0.4914, 0.4822, 0.4465),
+                "data.std": (0.2023, 0.1994, 0.2010),
+            }
         if data == "imagenet":
             decoder["warmup_epochs"] = 0.0
             recipe = {

@@ -34,7 +34,9 @@ class KDCL(Method):
     CIFAR-100. The default here is minlogit: exact, the cheapest, and without a part of the data held out.
 
     The authors released no code, and their recipe was not found: ours is the one of that re-implementation
-    (shaoeric/Online-Knowledge-Distillation-via-Collaborative-Learning), for CIFAR.
+    (shaoeric/Online-Knowledge-Distillation-via-Collaborative-Learning), for CIFAR. It gives MobileNetV2 and
+    ShuffleNets the rate 0.01; for the second of two different networks that is
+    `config.optimizer_rules=(("loss/subnetworks/networks_1/.*", {"learning_rate": 0.01}),)`.
 
     Attributes:
       variant: "naive", "linear", "minlogit", "general" or "mean", see above.
