@@ -23,17 +23,20 @@ class Figure:
 
     Attributes:
       dataset, network, method: by our names.
+      same_network: whether the source's network has as many parameters as ours of that name; None where its
+        code is not known. Only what is True compares.
       prediction: `network` (one plain network), `ensemble`, or `unknown`.
       top1, std: in percent; std is None where none was given.
       runs, epochs: None where unknown.
       selection: `last` or `best` epoch (by the test split), or `unknown`.
       source: of `sources()`.
       second_hand: it was read in another place than where it was first published.
-      note: what differs from our recipe, or was not said.
+      note: what differs from our network or recipe, or was not said.
     """
 
     dataset: str
     network: str
+    same_network: bool | None
     method: str
     prediction: str
     top1: float
@@ -52,8 +55,10 @@ class Figure:
 
 
 def lookup(dataset: str, network: str, method: str) -> list[Figure]:
-    """The figures of a method with a network on a dataset, the authors' own first."""
-    return [one for one in _figures() if (one.dataset, one.network, one.method) == (dataset, network, method)]
+    """The figures of a method with a network on a dataset, last those whose network may be another one."""
+    key = (dataset, network, method)
+    found = [one for one in _figures() if (one.dataset, one.network, one.method) == key]
+    return sorted(found, key=lambda one: not one.same_network)
 
 
 @functools.cache
@@ -62,11 +67,20 @@ def sources() -> dict[str, Source]:
     return {row["key"]: Source(**row) for row in _rows("sources.csv")}
 
 
+# What is known of a source's network -> (whether it is ours, what to say).
+_NETWORKS = {
+    "yes": (True, ""),
+    "no": (False, "another network of this name"),
+    "": (None, "not known to be this very network"),
+}
+
+
 @functools.cache
 def _figures() -> list[Figure]:
     return [
         Figure(
-            *(row[key] for key in ("dataset", "network", "method", "predictor")),
+            *(row["dataset"], row["network"], _NETWORKS[row["same_network"]][0]),
+            *(row["method"], row["predictor"]),
             float(row["top1"]),
             float(row["std"]) if row["std"] else None,
             int(row["runs"]) if row["runs"] else None,
@@ -74,7 +88,7 @@ def _figures() -> list[Figure]:
             row["selection"],
             sources()[row["source"]],
             row["second_hand"] == "yes",
-            row["note"],
+            "; ".join(filter(None, (_NETWORKS[row["same_network"]][1], row["note"]))),
         )
         for row in _rows("published.csv")
     ]
