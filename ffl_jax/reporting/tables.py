@@ -137,12 +137,16 @@ def beside_published(groups: Sequence[Group], sources: Sources) -> Table | None:
 def published_for(group: Group) -> list[tuple[published.Figure, str | None]]:
     """The published figures of a group's method, each with our prediction that it stands beside, if any.
 
-    Figures of ensembles belong to the group's first, all others to what it ships, unless that is an ensemble.
+    Figures of ensembles belong to the group's first, all others to what it ships, unless that is an ensemble;
+    those of a network that is not known to be the very same stand alone.
     """
     ensemble = next(iter(group.of_kind(ENSEMBLE)), None)
     network = group.shipped if group.kind(group.shipped) != ENSEMBLE else None
     figures = published.lookup(group.dataset, group.shipped_network, group.method)
-    return [(figure, ensemble if figure.prediction == "ensemble" else network) for figure in figures]
+    beside = [ensemble if figure.prediction == "ensemble" else network for figure in figures]
+    return [
+        (figure, ours if figure.same_network else None) for figure, ours in zip(figures, beside, strict=True)
+    ]
 
 
 def _epochs(group: Group) -> Cell:
