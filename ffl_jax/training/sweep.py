@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -145,8 +146,14 @@ def failure(failed: dict[str, int]) -> FFLError:
     """The refusal that a sweep ends with, its exit code that of the first run that failed."""
     (title, code), *more = failed.items()
     others = f", and {len(more)} more" if more else ""
+    if code < 0:
+        names = {one.value: one.name for one in signal.Signals}
+        return ResourceError(
+            f"{title} was ended by {names.get(-code, -code)}{others}; SIGKILL is often the system's, for "
+            "want of memory: look at its log (dmesg), or lower config.batch_size; run again to continue."
+        )
     error = FFLError(f"{title} ended with exit code {code}{others}: see above; run again to try once more.")
-    error.exit_code = code if code > 0 else 1
+    error.exit_code = code
     return error
 
 
@@ -168,12 +175,15 @@ def is_complete(job: Job) -> bool:
     """Whether a run of this configuration has come to its end; another one is for `main` to refuse."""
     stored = files.read_json(job.workdir / "config.json")
     wanted = config_lib.to_json(job.config)
-    if files.read_json(job.workdir / "summary.json").get("status") != "completed" or not stored:
+    if files.read_json(job.workdir / "summary.json").get("status") != "completed":
         return False
-    if not wanted["data"]["mean"]:  # computed from the data
-        wanted["data"] |= {key: stored["data"].get(key) for key in ("mean", "std")}
-    same = config_lib.fixed_part(stored) == config_lib.fixed_part(wanted)
-    return same and stored["epochs"] == wanted["epochs"]
+    try:
+        if not wanted["data"]["mean"]:  # computed from the data
+            wanted["data"] |= {key: stored["data"][key] for key in ("mean", "std")}
+        same = config_lib.fixed_part(stored) == config_lib.fixed_part(wanted)
+        return same and stored["epochs"] == wanted["epochs"]
+    except (KeyError, TypeError, AttributeError):  # not of this version, or damaged
+        return False
 
 
 def submit(jobs: list[Job], file: str, overrides: list[str], output: Path, options: list[str]) -> str:
