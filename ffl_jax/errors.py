@@ -1,5 +1,8 @@
 """The few exceptions that end a run with an exit code of their own and one line on stderr."""
 
+import errno
+import os
+
 
 class FFLError(Exception):
     """A refusal that a user can act on: its message says what, where, and what to do."""
@@ -41,3 +44,25 @@ class Preempted(FFLError):
     """A signal asked the run to stop; its state is saved, and the same command continues it."""
 
     exit_code = 75
+
+
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it accessible, or name another place"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n)"),
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.ENOMEM: "free memory, or raise the limit on it (ulimit -v)",
+    errno.ESTALE: "it was moved or removed elsewhere on the network",
+    errno.EIO: "look at the disk",
+}
+
+
+def of_system(error: OSError, where: str | os.PathLike = "") -> ResourceError:
+    """What the system refused, as an error of ours.
+
+    Args: where: the place in question, where the error itself names none.
+    """
+    place = os.fsdecode(where or error.filename or "the system")
+    reason = error.strerror or str(error) or type(error).__name__
+    advice = _ADVICE.get(error.errno, "look at that place, or name another one")
+    return ResourceError(f"cannot use {place}: {reason}; {advice}, then run again")

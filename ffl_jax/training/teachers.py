@@ -21,7 +21,7 @@ from ffl_jax.training import config as config_lib
 from ffl_jax.training.experiment import RUN_FORMAT, Experiment, resolve
 from ffl_jax.training.steps import TrainState
 from ffl_jax.workdir import checkpoint
-from ffl_jax.workdir.paths import ROOT
+from ffl_jax.workdir.paths import ROOT, expanded
 
 
 def to_train(config: ConfigDict, workdir: Path) -> Iterator[tuple[ConfigDict, str]]:
@@ -138,9 +138,9 @@ def load(runs: list[str], experiment: Experiment) -> list[dict]:
 def _place(run: str) -> tuple[Path, str]:
     """(folder, prediction) of a run; the prediction is empty where the headline is meant."""
     folder, colon, prediction = run.rpartition(":")
-    if not colon or Path(run).expanduser().is_dir():  # a folder's own name may have a colon
+    if not colon or expanded(run).is_dir():  # a folder's own name may have a colon
         folder, prediction = run, ""
-    return Path(folder).expanduser(), prediction
+    return expanded(folder), prediction
 
 
 def _problem(folder, prediction, index, experiment) -> str | None:

@@ -1,9 +1,11 @@
 """Where this project lies, and where this machine keeps what can be made again. Light on imports."""
 
+import functools
 import hashlib
 import os
 import pathlib
 import platform
+import tempfile
 
 ROOT = (
     pathlib.Path(__file__).resolve().parent.parent.parent
@@ -17,12 +19,35 @@ CONFIGS = next(
 def cache_directory(cache_dir: str = "") -> pathlib.Path:
     """The folder for cache files: `cache_dir`, else `$XDG_CACHE_HOME/ffl_jax`, else `~/.cache/ffl_jax`.
 
-    It may be deleted at any time: everything in it is made again from its source.
+    It may be deleted at any time: everything in it is made again from its source. A user without a home
+    folder, as in some containers, has one among the temporary files.
     """
     if cache_dir:
-        return pathlib.Path(cache_dir).expanduser()
+        return expanded(cache_dir)
     base_dir = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(base_dir) if base_dir else pathlib.Path.home() / ".cache") / "ffl_jax"
+    if base_dir:
+        return pathlib.Path(base_dir) / "ffl_jax"
+    home = expanded("~")
+    return home / ".cache" / "ffl_jax" if home.is_absolute() else _without_home()
+
+
+def expanded(path: str | os.PathLike) -> pathlib.Path:
+    """A path with the home folder for `~`, which stays as it is where there is none."""
+    return pathlib.Path(os.path.expanduser(path))
+
+
+@functools.cache
+def _without_home() -> pathlib.Path:
+    """One for all programs of this user if it is truly theirs, for what is in it is run; else a new one."""
+    folder = pathlib.Path(tempfile.gettempdir()) / f"ffl_jax-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if status.st_uid == os.getuid() and status.st_mode & 0o777 == 0o700:
+            return folder
+    except OSError:
+        pass
+    return pathlib.Path(tempfile.mkdtemp(prefix="ffl_jax-"))
 
 
 def programs_directory() -> pathlib.Path:
