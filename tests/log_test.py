@@ -111,7 +111,7 @@ def test_images_and_histograms(tmp_path):
     assert (histogram.num, histogram.min, histogram.max, histogram.sum) == (10, 0, 9, 45)
 
 
-def test_weights_and_biases_sees_every_line(tmp_path, monkeypatch):
+def test_weights_and_biases_sees_every_line(tmp_path, monkeypatch, caplog):
     """By a stand-in with the parts of its interface that are used; the package is an extra."""
     begun, logged = [], []
 
@@ -148,8 +148,8 @@ def test_weights_and_biases_sees_every_line(tmp_path, monkeypatch):
         raise RuntimeError("no API key")
 
     monkeypatch.setattr(module, "init", refuse)
-    with pytest.raises(ConfigError, match=r"config\.wandb=project: no API key; wandb login, or set"):
-        start_wandb("project", tmp_path, {})
+    assert start_wandb("project", tmp_path, {}) is None
+    assert "config.wandb=project (wandb login, or set WANDB_MODE=offline) fails" in caplog.text
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="pip install wandb"):
         start_wandb("project", tmp_path, {})

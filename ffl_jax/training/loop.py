@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from ffl_jax.training.experiment import Experiment
 from ffl_jax.training.runs import Run, Runs
 from ffl_jax.training.scoring import Evaluator
 from ffl_jax.workdir import alarms, checkpoint, curves
+from ffl_jax.workdir.onlooker import Onlooker
 from ffl_jax.workdir.progress import Pace, Progress
 from ffl_jax.workdir.run_folder import RunFolder
 
@@ -42,12 +44,15 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None 
     parallel = Parallel(**config.parallel, num_seeds=config.num_seeds)
     parallel.check_batch_size(config.batch_size, config.accumulate)
     workdir = Path(workdir).absolute()
-    with checkpoint.lock(workdir) if processes.is_first() else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        locks = [stack.enter_context(checkpoint.lock(workdir))] if processes.is_first() else []
         experiment = Experiment(config, dataset or data.load(config.data))
         parallel.check_networks(experiment.method.subnetworks)
         processes.check_equal(experiment.identity())
         vectorize.settle(experiment, parallel)
         runs = Runs(experiment, workdir, parallel)
+        if runs.several and processes.is_first():  # each can be continued alone
+            locks += [stack.enter_context(checkpoint.lock(run.folder.path)) for run in runs]
         step = processes.value_of_first(runs.newest_step)
         if step is None:
             for run in runs:
@@ -63,7 +68,7 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None 
         if processes.is_first():
             runs.check_space()
         cost.tell_memory(experiment, parallel)
-        return Loop(runs, parallel, step).train(states)
+        return Loop(runs, parallel, step, locks).train(states)
 
 
 class Loop:
@@ -75,11 +80,12 @@ class Loop:
       line: (record, step) of the latest line of the log, which waits here for the devices; None without one.
     """
 
-    def __init__(self, runs: Runs, parallel: Parallel, step: int):
-        """Args: runs: at that step."""
+    def __init__(self, runs: Runs, parallel: Parallel, step: int, locks: Sequence[checkpoint.lock]):
+        """Args: runs: at that step. locks: of the folders that are written."""
         self.runs, self.parallel, self.experiment = runs, parallel, runs.experiment
         self.config = self.experiment.config
         self.step, self.saved, self.line = step, (step, runs.evaluated_step), None
+        self.locks, self.curves = locks, Onlooker("curves.png")
         self.pace = Pace()
         self.host = processes.Agreement(self.pace, step)
         self.progress = Progress(
@@ -110,6 +116,7 @@ class Loop:
 
     def write_summary(self, status: str) -> dict:
         """See `Runs.write_summary`: at this step, with the speeds that were seen."""
+        self.guard()
         self.runs.stop_watch()
         speeds = {
             "images_per_second": self.progress.images_per_second,
@@ -123,7 +130,7 @@ class Loop:
         for run in self.runs if self.runs.writes else ():
             settings, keep = config_lib.to_json(run.experiment.config), config.checkpoint.keep
             best = dataset.validation is not None
-            stack.enter_context(run.folder.open(settings, self.step, run.log_bytes, keep, best))
+            stack.enter_context(run.folder.open(settings, self.step, run.log_bytes, keep, best, self.guard))
         self.inputs = data.train_input(dataset.train, config, self.parallel, method.num_views)
         stack.callback(self.inputs.close)
         self.batches = None
@@ -134,6 +141,11 @@ class Loop:
             for name, split in (("validation", dataset.validation), ("test", dataset.test))
             if split is not None
         }
+
+    def guard(self):
+        """Raises CheckpointError where another run has come to write to one of the folders."""
+        for lock in self.locks:
+            lock.check()
 
     def loop(self, state):
         """What is due, then some steps, until the end or a signal; the last state is being saved then."""
@@ -278,7 +290,8 @@ class Loop:
         config = self.config
         title = f"{config.method.name} · {config.subnetworks.network} · {config.data.name}"
         path = run.folder.path / "curves.png"
-        curves.draw_curves(path, rows, title, method.headline, list(test["predictions"]), terms)
+        names = list(test["predictions"])
+        self.curves(curves.draw_curves, path, rows, title, method.headline, names, terms)
 
     def tell_scores(self, epoch: float):
         """Logs the scores of the last evaluation: of one run, or the mean over several."""

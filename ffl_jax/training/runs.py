@@ -1,7 +1,9 @@
 """The runs of one training, one for each seed: their folders, their first states, their summaries."""
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,8 +17,8 @@ from ffl_jax.devices.parallel import Parallel
 from ffl_jax.errors import CheckpointError, NonFiniteError, ResourceError
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import steps, summary, teachers
-from ffl_jax.training.experiment import Experiment, check_belongs, run_record
-from ffl_jax.workdir import checkpoint, files
+from ffl_jax.training.experiment import Experiment, check_belongs, run_record, versions
+from ffl_jax.workdir import checkpoint
 from ffl_jax.workdir.run_folder import RunFolder
 
 _RECALLED = ("best", "evaluated_step", "scores", "seconds")  # of a `Run`, by its checkpoints
@@ -125,18 +127,19 @@ class Runs:
 
     def newest_step(self) -> int | None:
         """The newest step that all runs have whole; None where a kill came before all had one."""
-        newest = [run.folder.newest_step() for run in self]
-        kept = [run.folder.steps() for run in self]
-        if None in newest and all(len(one) < 2 for one in kept):
-            return None
-        step = min(step or 0 for step in newest)
-        for run, one in zip(self, kept, strict=True):
-            if step not in one:
+        while True:
+            newest = [run.folder.newest_step() for run in self]
+            kept = [set(run.folder.steps()) for run in self]
+            if None in newest and all(len(one) < 2 for one in kept):
+                return None
+            common = set.intersection(*kept)
+            if not common:
                 raise CheckpointError(
-                    f"{run.folder.checkpoints} has no whole step {step}, which is the newest of another "
-                    "seed: begin again in another --workdir, or continue each seed alone in its own folder."
+                    f"{self.workdir}: no step is whole in the checkpoints of all seeds: begin again in "
+                    "another --workdir, or continue each seed alone in its own folder."
                 )
-        return step
+            with contextlib.suppress(CheckpointError):  # by size only were they whole, but now set aside
+                return max(checkpoint.find(run.folder.checkpoints, max(common), True) for run in self)
 
     def first_states(self) -> list[steps.TrainState]:
         """The state of each run before its first step; the teachers that it needs are trained."""
@@ -158,14 +161,25 @@ class Runs:
                 check_belongs(record, run.experiment, run.folder.checkpoints / str(step))
                 return record
 
-            run.recall(processes.value_of_first(load))
+            record = processes.value_of_first(load)
+            run.recall(record)
             if self.writes:
+                self._tell_versions(record["versions"], step)
+                if run.best is not None and run.experiment.dataset.validation is not None:
+                    run.folder.mend_best(run.best["step"])
                 abstract = run.experiment.abstract_state()
                 state = checkpoint.restore(run.folder.checkpoints, step, abstract)
             else:
                 state = run.experiment.initial_state()  # for its form
             states.append(processes.from_first(state))
         return states
+
+    def _tell_versions(self, then: dict, step: int):
+        now = versions().items()
+        different = [f"{name} {then.get(name)} -> {new}" for name, new in now if then.get(name) != new]
+        if different:
+            text = "Step %d was written under other versions, numbers may differ from here on: %s"
+            logging.warning(text, step, ", ".join(different))
 
     def check_space(self):
         """Raises ResourceError now, not after an epoch, where the checkpoints cannot fit."""
@@ -194,19 +208,28 @@ class Runs:
         own = ["preempted" if status == "diverged" and not run.diverged else status for run in self]
         written = [self._write(run, one, step, speeds) for run, one in zip(self, own, strict=True)]
         joint = summary.joint(written) | {"status": status}
-        if self.several and self.writes:
-            files.write_json(self.workdir / "config.json", config_lib.to_json(self.experiment.config))
-            files.write_json(self.workdir / "summary.json", joint)
+        self._write_joint(joint, anew=True)
         return joint
+
+    def _write_joint(self, joint: dict, anew: bool):
+        if self.several and self.writes:
+            folder = RunFolder(self.workdir)
+            folder.write_config(config_lib.to_json(self.experiment.config), anew)
+            if anew or folder.read_summary() != joint:
+                folder.write_summary(joint)
 
     def stored_summary(self, step: int) -> dict:
         """The summary of a complete training; that of a run is written again where a kill came before it."""
         summaries = []
         for run in self:
             stored = run.folder.read_summary()
-            complete = stored.get("status") == "completed" and stored.get("step") == step
-            summaries.append(stored if complete else self._write(run, "completed", step, {}))
-        return summary.joint(summaries)
+            whole = summary.repeats(stored, run, step)
+            summaries.append(stored if whole else self._write(run, "completed", step, {}))
+            if self.writes:
+                run.folder.write_config(config_lib.to_json(run.experiment.config), anew=False)
+        joint = summary.joint(summaries)
+        self._write_joint(joint, anew=False)
+        return joint
 
     def _write(self, run, status, step, speeds):
         one = summary.of_run(run, self._costs, status, step, speeds, self.device)

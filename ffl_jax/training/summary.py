@@ -66,6 +66,23 @@ def of_run(run, costs: Costs, status: str, step: int, speeds: dict, device: str)
     }
 
 
+def repeats(stored: dict, run, step: int) -> bool:
+    """Whether `stored` is what `of_run` gave of a completed run, as far as the run's checkpoint tells."""
+    scores = run.scores["test"]["predictions"]
+    known = {"status": "completed", "step": step, "seed": run.experiment.config.seed, "best": run.best}
+    there = {*known, "predictors", "reliability", "diversity", "training", "images_per_second", "deploy"}
+    predictors = stored.get("predictors")
+    return (
+        stored.keys() >= there
+        and all(stored[key] == value for key, value in known.items())
+        and isinstance(predictors, dict)
+        and all(
+            isinstance(one, dict) and {"parameters", "flops"} <= one.keys() for one in predictors.values()
+        )
+        and all(predictors.get(name, {}).items() >= one.items() for name, one in scores.items())
+    )
+
+
 def joint(summaries: list[dict]) -> dict:
     """One summary of several seeds: what differs between them, and every score, is a list over seeds."""
     first = summaries[0]

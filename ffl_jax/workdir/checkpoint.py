@@ -9,19 +9,21 @@ link points to; its managers of steps also delete old ones before the new one co
 `Checkpointer` of one folder, in a thread of ours. That is the older of Orbax's two interfaces: in the newer
 one, `orbax.checkpoint.v1`, every save has all processes compare the folder, also where one was told to save
 alone, and that one waits for ever (seen on 0.12.8). Both read what either wrote.
-One process writes, under `lock`.
+One process writes, under `lock.Lock`.
 """
 
 import atexit
 import contextlib
-import fcntl
+import functools
 import json
 import logging
 import os
 import re
 import shutil
+import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -30,44 +32,26 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args
 
-from ffl_jax.errors import CheckpointError, FFLError, ResourceError
-from ffl_jax.workdir import contents, manifest
+from ffl_jax.errors import CheckpointError, FFLError, of_system
+from ffl_jax.workdir import contents, files, manifest
 from ffl_jax.workdir.contents import differences
+from ffl_jax.workdir.lock import Lock
 
+lock = Lock  # "with checkpoint.lock(workdir):"
 _MAX_LISTED = 20
 # Orbax numbers its saves for the whole process: of two at once, one takes the other's folders for its own.
 _SAVING = threading.Lock()
 
 
-@contextlib.contextmanager
-def lock(workdir: str | os.PathLike) -> Iterator[None]:
-    """Holds `workdir`. The kernel lets go when the process ends, however it ends: the file means nothing.
-
-    Raises:
-      CheckpointError: at once, if another process holds it.
-    """
-    workdir = Path(workdir).absolute()
-    with contextlib.ExitStack() as stack:
-        with _resource_errors(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((workdir / ".lock").open("a"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(
-                    f"another run is writing to {workdir}: wait for it, stop it, or choose another --workdir"
-                ) from None
-        yield
-
-
 class Checkpoints:
     """Writes the checkpoints of one run in the background and keeps the newest `keep`. A context manager."""
 
-    def __init__(self, directory: str | os.PathLike, keep: int = 2):
+    def __init__(self, directory: str | os.PathLike, keep: int = 2, guard: Callable[[], None] = lambda: None):
+        """Args: guard: raises where this process may no longer write: see `lock.Lock.check`."""
         if keep < 1:
             raise ValueError(f"keep at least 1 checkpoint, got keep={keep}.")
         self.directory = Path(directory).absolute()
-        self._keep = keep
+        self._keep, self._guard = keep, guard
         self._incoming = self.directory / ".incoming"
         self._pending: futures.Future | None = None
         self._closed = False
@@ -75,7 +59,7 @@ class Checkpoints:
             self._clean()
         # Not a bare thread: in Python 3.11 its `join`, once a signal handler raised there, waits no more.
         self._worker = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        logging.getLogger("absl").addFilter(self._is_news)
+        _quieten()
         # For a program that forgets to close. Python stops all thread pools before this, Orbax's too, and a
         # save still going on then fails: this says so, and the step before is there. No exit of a program
         # that uses `with` comes here: exceptions and sys.exit close first, and os._exit runs nothing at all.
@@ -121,8 +105,9 @@ class Checkpoints:
             self.wait()
         finally:
             self._worker.shutdown()
-            logging.getLogger("absl").removeFilter(self._is_news)
-            shutil.rmtree(self._incoming, ignore_errors=True)
+            with contextlib.suppress(FFLError):  # else another run saves there now
+                self._guard()
+                shutil.rmtree(self._incoming, ignore_errors=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -139,11 +124,13 @@ class Checkpoints:
         """In the background: writes the step, seals it, puts it in place, drops what it supersedes."""
         folder, final = self._incoming / str(step), self.directory / str(step)
         items = {"state": args.PyTreeSave(state), "run": args.JsonSave(run), "arrays": args.JsonSave(arrays)}
-        with _resource_errors(self.directory):
+        self._guard()
+        with _resource_errors(self.directory, self._guard):
             self._clean()
             with _SAVING, _orbax() as orbax:
                 orbax.save(folder, args.Composite(**items))
             manifest.seal(folder, step)
+            self._guard()
             if os.path.lexists(final):  # damaged, superseded, or no step at all
                 self._discard(final)
             os.rename(folder, final)
@@ -159,13 +146,32 @@ class Checkpoints:
         shutil.rmtree(rubbish, ignore_errors=True)
 
     def _clean(self) -> None:
-        if self._incoming.exists():
-            shutil.rmtree(self._incoming)
-        self._incoming.mkdir(parents=True)
+        files.make_folder(self.directory)
+        files.make_folder(self._incoming)
+        for rubbish in self._incoming.iterdir():
+            shutil.rmtree(rubbish) if rubbish.is_dir() and not rubbish.is_symlink() else rubbish.unlink()
 
-    def _is_news(self, record: logging.LogRecord) -> bool:
-        """Orbax logs all it does, and an error, which `wait` raises, once for each of its threads."""
-        return record.levelno == logging.WARNING or "/orbax/checkpoint/" not in record.pathname
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax logs all it does, and an error, which `wait` raises, once for each of its threads."""
+    # Not by the record's path: that is of absl itself where the logger was asked for before absl was loaded.
+    names = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_stack(None))
+    return record.levelno == logging.WARNING or not any(name.startswith("orbax.") for name in names)
+
+
+@functools.cache
+def _quieten() -> None:
+    """For good: some threads of Orbax and TensorStore fail after the save that failed, each on its own."""
+    logging.getLogger("absl").addFilter(_is_news)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax alone uses it here
+    show = sys.unraisablehook
+
+    def hook(failure):
+        # TensorStore's threads, started in C++, call back into a loop that has ended, and name no object.
+        if failure.object is not None or threading.current_thread() is threading.main_thread():
+            show(failure)
+
+    sys.unraisablehook = hook
 
 
 def whole_steps(directory: str | os.PathLike) -> list[int]:
@@ -211,6 +217,20 @@ def find(directory: str | os.PathLike, step: int | None = None, quarantine: bool
     raise CheckpointError(
         f"no usable checkpoint in {directory}: {reasons}; use another step or another --workdir"
     )
+
+
+def copy(source: str | os.PathLike, target: str | os.PathLike, step: int) -> None:
+    """Puts a whole step of one folder of checkpoints into another."""
+    source, target = Path(source).absolute(), Path(target).absolute()
+    folder, final = target / ".incoming" / str(step), target / str(step)
+    with _resource_errors(target):
+        for place in (target, folder.parent):
+            files.make_folder(place)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source / str(step), folder, ignore=lambda *_: [manifest.NAME])
+        manifest.seal(folder, step)
+        os.rename(folder, final)
+        manifest.fsync(target)
 
 
 def load_run(directory: str | os.PathLike, step: int) -> dict:
@@ -286,27 +306,27 @@ def _numbered(directory: str | os.PathLike) -> list[int]:
 def _set_aside(folder: Path) -> None:
     with _resource_errors(folder.parent):
         target = folder.parent / "quarantine" / folder.name
-        target.parent.mkdir(exist_ok=True)
+        files.make_folder(target.parent)
         while os.path.lexists(target):
             target = target.with_name(target.name + "_")
         os.rename(folder, target)
 
 
 @contextlib.contextmanager
-def _resource_errors(directory: Path) -> Iterator[None]:
-    """Turns "no space", "read-only" or "no permission", however wrapped, into a ResourceError."""
+def _resource_errors(directory: Path, guard: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Turns what the system refuses, however wrapped, into a ResourceError; `guard` may know better why."""
     try:
         yield
     except FFLError:
         raise
     except Exception as error:
+        guard()
         cause: BaseException | None = error
         while cause is not None:
             number = re.search(r"os_error_code='(\d+)'", str(cause))  # TensorStore has it in its text only
-            if number or isinstance(cause, OSError):
-                reason = os.strerror(int(number[1])) if number else cause.strerror or str(cause)
-                raise ResourceError(
-                    f"cannot use {directory}: {reason}; free space or make it accessible, then run again"
-                ) from error
+            if number:
+                cause = OSError(int(number[1]), os.strerror(int(number[1])))
+            if isinstance(cause, OSError):
+                raise of_system(cause, directory) from error
             cause = cause.__cause__ or cause.__context__
         raise

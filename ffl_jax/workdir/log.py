@@ -1,46 +1,46 @@
 """A run's numbers as they come: metrics.jsonl, TensorBoard events, Weights & Biases."""
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-import tensorboardX
-from absl import logging
 
-from ffl_jax.errors import ConfigError
+from ffl_jax.errors import ConfigError, of_system
+from ffl_jax.workdir import files
+from ffl_jax.workdir.onlooker import Onlooker
+from ffl_jax.workdir.tensorboard import Events
 
 
 class MetricsLog:
     """Appends lines to `metrics.jsonl`, and shows them in TensorBoard and, where that is wanted, in W&B.
 
     The file holds no times and no speeds: an interrupted run leaves the same bytes as one that was not.
+    TensorBoard and W&B may fail; that is said once.
 
     Attributes:
       rows: what the file holds, as `read_metrics` gives it, and what was written since.
     """
 
-    def __init__(self, workdir: Path, size: int, step: int, wandb_run=None):
+    def __init__(
+        self, workdir: Path, size: int, step: int, wandb_run=None, guard: Callable[[], None] = lambda: None
+    ):
         """Continues after `size` bytes of the file, which held all up to `step`; cuts off what follows.
 
-        Args: wandb_run: of `start_wandb`, or None.
+        Args: wandb_run: of `start_wandb`, or None. guard: raises where this run may no longer write.
         """
-        path = workdir / "metrics.jsonl"
-        self._wandb = wandb_run
-        self._file = open(path, "ab")  # noqa: SIM115, held open for the run
-        if self._file.tell() < size:
-            logging.warning("%s has lost lines: it continues at step %d.", path, step)
-        else:
-            self._file.truncate(size)
-        self.rows, damaged = read_metrics(path)
-        if damaged:
-            logging.warning("%s has %d damaged line(s), which curves lack.", path, damaged)
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1 if step else None, write_to_disk=True
-        )
+        self._path, self._guard = workdir / "metrics.jsonl", guard
+        with self._refusals():
+            self.rows = _cut(self._path, size, step)
+            self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115, held open for the run
+        self._board, self._wandb, self._wandb_run = Onlooker("TensorBoard"), Onlooker("W&B"), wandb_run
+        self._events = self._board(Events, workdir / "tensorboard", step + 1 if step else None)
 
     @property
     def size(self) -> int:
@@ -49,9 +49,10 @@ class MetricsLog:
 
     def write(self, step: int, epoch: float, split: str, scalars: dict[str, float]):
         """Adds one line."""
+        self._guard()
         self.rows.append({"step": step, "epoch": epoch, "split": split, **scalars})
-        self._file.write((json.dumps(self.rows[-1]) + "\n").encode())
-        self._file.flush()
+        with self._refusals():
+            _write_all(self._file, (json.dumps(self.rows[-1]) + "\n").encode())
         self._show(step, {f"{split}/{name}": value for name, value in scalars.items()})
 
     def write_speed(self, step: int, images_per_second: float):
@@ -60,57 +61,108 @@ class MetricsLog:
 
     def _show(self, step, scalars):
         for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(scalars, step=step)
+            self._board(lambda name=name, value=value: self._events.scalar(step, name, value))
+        if self._wandb_run:
+            self._wandb(self._wandb_run.log, scalars, step=step)
 
     def write_images(self, step: int, name: str, images: np.ndarray):
         """A grid of uint8 images [B, H, W, 3], to TensorBoard alone."""
-        self._events.add_images(name, images, step, dataformats="NHWC")
+        self._board(lambda: self._events.images(step, name, images))
 
     def write_histograms(self, step: int, tree: dict):
         """The values of each array, named by its path, to TensorBoard alone."""
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            self._events.add_histogram(name, np.asarray(leaf), step)
+            self._board(lambda name=name, leaf=leaf: self._events.histogram(step, name, np.asarray(leaf)))
 
     def sync(self):
-        """Returns once all lines are on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._events.flush()
+        """Returns once all lines are on the disk, also where the file was removed meanwhile."""
+        with self._refusals():
+            if not _has_name(self._file, self._path):
+                logging.warning("%s was removed: all its lines are written again.", self._path)
+                self._file.seek(0)
+                files.write_bytes(self._path, self._file.read())
+                self._file.close()
+                self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115
+            os.fsync(self._file.fileno())
+        self._board(lambda: self._events.flush())
 
     def close(self):
         self._file.close()
-        self._events.close()
-        if self._wandb:
-            self._wandb.finish()
+        self._board(lambda: self._events.close())
+        if self._wandb_run:
+            self._wandb(self._wandb_run.finish)
+
+    @contextlib.contextmanager
+    def _refusals(self):
+        try:
+            yield
+        except OSError as error:
+            raise of_system(error, self._path) from error
+
+
+def _cut(path: Path, size: int, step: int) -> list[dict]:
+    """The rows up to a step that the first `size` bytes of a file hold; afterwards it holds nothing else."""
+    files.make_way(path)
+    try:
+        found = files.read_bytes(path)[:size]
+    except FileNotFoundError:
+        found = b""
+    except OSError:  # beyond use, the disk has lost it perhaps
+        files.set_aside(path)
+        found = b""
+    *lines, torn = found.split(b"\n")
+    rows = [_row(line) for line in lines]
+    kept = [index for index, row in enumerate(rows) if row and row.get("step", 0) <= step]
+    sound = b"".join(lines[index] + b"\n" for index in kept)
+    damaged = rows.count(None) + bool(torn)
+    if damaged:
+        logging.warning("%s has %d damaged line(s), which are left out.", path, damaged)
+    if len(found) < size:
+        logging.warning("%s has lost lines: it continues at step %d.", path, step)
+    if sound != found:
+        files.set_aside(path)
+        files.write_bytes(path, sound)
+    elif path.exists():
+        os.truncate(path, len(found))
+    return [rows[index] for index in kept]
+
+
+def _write_all(file, data: bytes):
+    """A disk that gets full takes a part first."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def _has_name(file, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def start_wandb(project: str, workdir: Path, config: dict):
     """The run of a workdir in a project of Weights & Biases, the same one at every start.
 
+    None, and a line of the log, where it cannot be reached: no run ends for that.
+
     Raises:
-      ConfigError: the package is missing, or nobody is logged in.
+      ConfigError: the package is missing.
     """
     try:
         import wandb
     except ImportError as error:
         raise ConfigError("config.wandb needs a package: pip install wandb, or leave it empty.") from error
-    try:
-        return wandb.init(
-            project=project,
-            id=hashlib.sha256(str(workdir).encode()).hexdigest()[:16],
-            resume="allow",
-            name=workdir.name,
-            dir=str(workdir),
-            config=config,
-            settings=wandb.Settings(console="off", silent=True, reinit="create_new"),
-        )
-    except wandb.Error as error:
-        raise ConfigError(
-            f"config.wandb={project}: {error}; wandb login, or set WANDB_MODE=offline."
-        ) from error
+    return Onlooker(f"config.wandb={project} (wandb login, or set WANDB_MODE=offline)")(
+        wandb.init,
+        project=project,
+        id=hashlib.sha256(str(workdir).encode(errors="surrogateescape")).hexdigest()[:16],
+        resume="allow",
+        name=workdir.name,
+        dir=str(workdir),
+        config=config,
+        settings=wandb.Settings(console="off", silent=True, reinit="create_new"),
+    )
 
 
 def read_metrics(path: Path) -> tuple[list[dict], int]:
@@ -122,12 +174,12 @@ def read_metrics(path: Path) -> tuple[list[dict], int]:
     Raises:
       OSError: the file is missing or cannot be read.
     """
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    *lines, _ = files.read_bytes(path).split(b"\n")
     rows = [row for row in map(_row, lines) if row]
     return rows, len(lines) - len(rows)
 
 
-def _row(line: str) -> dict | None:
+def _row(line: bytes) -> dict | None:
     try:
         row = json.loads(line)
         numbers = {key: float(x) for key, x in row.items() if isinstance(x, int | float)}

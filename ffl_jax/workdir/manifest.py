@@ -1,5 +1,6 @@
 """The manifest of a folder: size and SHA-256 of each file, to find damage before anything is loaded."""
 
+import errno
 import hashlib
 import json
 import os
@@ -57,10 +58,13 @@ def problem(folder: Path, contents: bool = True) -> str | None:
 
 
 def fsync(path: str | os.PathLike) -> None:
-    """Forces a file, or the names in a folder, to disk."""
+    """Forces a file, or the names in a folder, to disk, where the file system knows how to."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)
 

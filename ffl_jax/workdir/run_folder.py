@@ -1,8 +1,11 @@
 """The folder of one run: what is written to it, and what is read back. It decides nothing."""
 
 import contextlib
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
+from ffl_jax.errors import CheckpointError
 from ffl_jax.workdir import checkpoint, files
 from ffl_jax.workdir.log import MetricsLog, start_wandb
 
@@ -19,20 +22,52 @@ class RunFolder:
         """What is there is left alone."""
         self.path, self.checkpoints = path, path / "checkpoints"
         self.log = None
-        self._newest = self._best = None
+        self._newest = self._best = self._config = None
 
     def newest_step(self) -> int | None:
-        """The newest step that is whole; damaged ones are set aside. None where nothing was ever saved."""
-        if not checkpoint.exists(self.checkpoints):
+        """The newest step that is whole; damaged ones are set aside. None where nothing was ever saved.
+
+        Where no other is left it is the one that was kept as the best.
+        """
+        best = self.checkpoints / "best"
+        if not (checkpoint.exists(self.checkpoints) or checkpoint.exists(best)):
             return None
-        return checkpoint.find(self.checkpoints, quarantine=True)
+        try:
+            return checkpoint.find(self.checkpoints, quarantine=True)
+        except CheckpointError as error:
+            if not checkpoint.exists(best):
+                raise
+            step = checkpoint.find(best, quarantine=True)
+            logging.warning("%s; now taken: %s, which was kept as the best", error, best / str(step))
+            checkpoint.copy(best, self.checkpoints, step)
+            return step
+
+    def mend_best(self, step: int):
+        """Sees to it that the best checkpoint, of this step, is whole, where a copy of it is left."""
+        best = self.checkpoints / "best"
+        with contextlib.suppress(CheckpointError):
+            checkpoint.find(best, step, quarantine=True)
+            return
+        try:
+            checkpoint.copy(self.checkpoints, best, checkpoint.find(self.checkpoints, step))
+        except CheckpointError:
+            text = "%s, the best so far, is lost: the next one that is better is kept there again."
+            logging.warning(text, best / str(step))
 
     def steps(self) -> list[int]:
         """The steps that look whole, ascending."""
         return checkpoint.whole_steps(self.checkpoints)
 
     @contextlib.contextmanager
-    def open(self, config: dict, step: int, log_bytes: int, keep: int, keep_best: bool):
+    def open(
+        self,
+        config: dict,
+        step: int,
+        log_bytes: int,
+        keep: int,
+        keep_best: bool,
+        guard: Callable[[], None],
+    ):
         """Inside, lines and checkpoints after a step can be written; at the end the last are on the disk.
 
         Args:
@@ -41,25 +76,34 @@ class RunFolder:
           log_bytes: of `metrics.jsonl` then; what follows is cut off.
           keep: how many checkpoints.
           keep_best: whether the best one is kept beside them.
+          guard: raises where this run may no longer write.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        files.write_json(self.path / "config.json", config)
+        self._config = config
+        self.write_config(config)
         with contextlib.ExitStack() as stack:
             wandb_run = start_wandb(config["wandb"], self.path, config) if config["wandb"] else None
-            self.log = MetricsLog(self.path, log_bytes, step, wandb_run)
+            self.log = MetricsLog(self.path, log_bytes, step, wandb_run, guard)
             stack.callback(self.log.close)
-            self._newest = stack.enter_context(checkpoint.Checkpoints(self.checkpoints, keep))
+            self._newest = stack.enter_context(checkpoint.Checkpoints(self.checkpoints, keep, guard))
             if keep_best:
-                self._best = stack.enter_context(checkpoint.Checkpoints(self.checkpoints / "best", keep=1))
+                best = checkpoint.Checkpoints(self.checkpoints / "best", 1, guard)
+                self._best = stack.enter_context(best)
             yield
 
     def save(self, step: int, state, record: dict, replace: bool = False):
         """Begins to save a state of one device, and what goes with it."""
+        self.write_config(self._config, anew=False)  # it may have been removed meanwhile
         self._newest.save(step, state, record, replace)
 
     def save_best(self, step: int, state, record: dict):
         """The same for the one that is kept as the best."""
         self._best.save(step, state, record)
+
+    def write_config(self, config: dict, anew: bool = True):
+        """Writes `config.json`. With `anew` False only where none can be read."""
+        if anew or not files.read_json(self.path / "config.json"):
+            files.make_folder(self.path)
+            files.write_json(self.path / "config.json", config)
 
     def read_summary(self) -> dict:
         """What `write_summary` wrote; {} if it is missing or not ours."""
