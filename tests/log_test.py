@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import random
 import struct
 import sys
 import types
@@ -11,6 +13,7 @@ from tensorboardX.proto import event_pb2
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.workdir.log import MetricsLog, read_metrics, start_wandb
+from ffl_jax.workdir.tensorboard import Events
 
 
 def write(log, step):
@@ -72,6 +75,43 @@ def test_damaged_lines_are_counted_and_left_out(tmp_path, line):
     rows, damaged = read_metrics(tmp_path / "metrics.jsonl")
     assert rows == 2 * [{"step": 1, "epoch": 1.0, "split": "train", "loss": float("inf")}]
     assert damaged == 1
+
+
+def test_whatever_bytes_the_file_holds(tmp_path):
+    """Its lines that are as they were written are all kept, and what is read then is read again."""
+    generator, path = random.Random(0), tmp_path / "metrics.jsonl"
+    lines = [b'{"step": %d, "epoch": %d, "split": "test", "x": 0.5}\n' % (n, n) for n in range(1, 6)]
+    for _ in range(2000 if "FFL_LONG_FAULTS" in os.environ else 30):
+        damaged = list(lines)
+        for index in generator.sample(range(5), 2):
+            line = bytearray(damaged[index])
+            for _ in range(generator.choice((1, 1, 3, 30))):
+                place, how = generator.randrange(len(line) + 1), generator.randrange(4)
+                line[place : place + generator.choice((0, 1, 20))] = generator.randbytes(how)
+            damaged[index] = bytes(line)
+        content = b"".join(damaged)
+        path.write_bytes(content)
+        log = MetricsLog(tmp_path, len(content), 5)
+        write(log, 6)
+        log.close()
+        assert read_metrics(path) == (log.rows, 0)
+        assert [row["step"] for row in log.rows[-2:]] == [6, 6]
+        for line in content.split(b"\n")[:-1]:
+            assert line + b"\n" not in lines or json.loads(line) in log.rows
+
+
+def test_tensorboard_that_fails_is_said_once(tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    log = MetricsLog(tmp_path, 0, 0)
+    monkeypatch.setattr(Events, "_write", full)
+    write(log, 1)
+    log.write_images(1, "images", np.zeros((1, 2, 2, 3), np.uint8))
+    write(log, 2)
+    log.close()
+    assert caplog.text.count("TensorBoard fails, and the run goes on without it: [Errno 28] No space") == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")[0]) == 4
 
 
 @pytest.mark.parametrize("value", ['"good"', "null", "[0.5]"])

@@ -12,7 +12,7 @@ from conftest import MAIN, ROOT
 
 from ffl_jax import sweep
 from ffl_jax.devices import preemption
-from ffl_jax.errors import ConfigError, FFLError, Preempted
+from ffl_jax.errors import ConfigError, FFLError, Preempted, ResourceError
 from ffl_jax.training import sweep as sweeps
 from ffl_jax.workdir import files
 
@@ -81,6 +81,28 @@ def test_a_failed_run_does_not_end_the_sweep(started, tmp_path):
         sweep.command(["sweep", "--methods=ffl,dml,one,kd", f"--output={tmp_path}"])
     assert raised.value.exit_code == 5
     assert (len(started), started.reports) == (4, 1)
+
+
+def test_a_killed_run_is_told_as_such_and_does_not_end_the_sweep(started, tmp_path):
+    started.codes = {1: -9, 2: -6}
+    with pytest.raises(
+        ResourceError, match=r"dml, resnet8, seed 0 was ended by SIGKILL, and 1 more; .*memory"
+    ):
+        sweep.command(["sweep", "--methods=dml,ffl,one", f"--output={tmp_path}"])
+    assert (len(started), started.reports) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "stored", [[], 1, {}, {"data": 1}, {"data": {}}, {"epochs": 1, "data": {"mean": 1, "std": 1}}]
+)
+def test_a_run_with_damaged_files_is_started_again(stored, started, tmp_path):
+    """It is for the run itself to say that it is complete."""
+    workdir = tmp_path / "ffl-resnet8-seed0"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(stored))
+    (workdir / "summary.json").write_text('{"status": "completed"}')
+    sweep.command(["sweep", "--methods=ffl", f"--output={tmp_path}"])
+    assert len(started) == 1
 
 
 def test_without_data_no_other_run_is_tried(started, tmp_path):

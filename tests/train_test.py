@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -146,9 +147,10 @@ def test_second_start_says_complete_and_writes_nothing(commands, reference):
     assert snapshot() == before
 
 
-def test_killed_at_random_moments(commands, reference, tmp_path):
+@pytest.mark.parametrize("seed", range(67 if "FFL_LONG_FAULTS" in os.environ else 1))
+def test_killed_at_random_moments(commands, reference, tmp_path, seed):
     """SIGKILL three times: two while training, at random steps, and once anywhere from the start on."""
-    random_numbers = random.Random(0)
+    random_numbers = random.Random(seed)
     steps = iter(sorted(random_numbers.sample(range(8, STEPS - 20), 2)))
     for kill in range(3):
         process = commands.start(*arguments(tmp_path))

@@ -3,19 +3,25 @@
 import contextlib
 import errno
 import fcntl
+import json
 import logging
 import os
+import resource
 import shutil
+import textwrap
 
+import jax
 import numpy as np
 import pytest
 
-from ffl_jax.errors import CheckpointError
+from configs import digits
+from ffl_jax.devices import start
+from ffl_jax.errors import CheckpointError, ConfigError, ResourceError
+from ffl_jax.training import experiment, loop, runs
 from ffl_jax.workdir import checkpoint, files
 from ffl_jax.workdir.log import read_metrics
 from ffl_jax.workdir.run_folder import RunFolder
 
-LONG = "FFL_LONG_FAULTS" in os.environ
 CONFIG = {"wandb": "", "epochs": 3}
 LINES = [{"step": step, "epoch": step / 2, "split": "train", "loss": 1 / step} for step in (1, 2, 3, 4)]
 
@@ -274,3 +280,147 @@ def test_file_systems_without_locks(number, run, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", refuse(number))
     continued(run)
     assert caplog.text.count("has no locks: of two runs there, the one that was started last goes on") == 1
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EPERM, 9999])
+def test_what_the_system_refuses_is_one_line(number, run, monkeypatch):
+    """While a step is put in place, whatever the number: those before are there, and the run continues."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse(number))
+        with pytest.raises(ResourceError) as caught:
+            continued(run)
+    assert str(caught.value).startswith(f"cannot use {run}")
+    assert os.strerror(number) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert checkpoint.find(run / "checkpoints") == 2
+    continued(run)
+
+
+def test_folders_that_cannot_be_synchronised_do(run, monkeypatch):
+    """Some file systems know it of files alone."""
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda file: refuse(errno.EINVAL)() if os.path.isdir(f"/proc/self/fd/{file}") else fsync(file),
+    )
+    continued(run)
+
+
+def test_a_full_disk_leaves_one_line(commands, tmp_path):
+    """With logs set up as the commands do, before Orbax is loaded; a limit on files stands for the disk."""
+    program = """
+        import logging, os, resource, signal, sys, threading
+        logging.basicConfig(level=logging.INFO)
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        import numpy as np
+        from ffl_jax import errors
+        from ffl_jax.workdir import checkpoint
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+        with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
+            for step in range(3):
+                checkpoints.save(step, {str(n): np.random.rand(300) for n in range(60)}, {})
+                try:
+                    checkpoints.wait()
+                except errors.ResourceError as error:
+                    print(error)
+        """
+    result = commands.run("-c", textwrap.dedent(program), tmp_path)
+    assert result.stdout.count("File too large") == 3
+    assert result.stderr == ""
+
+
+def test_a_damaged_compiled_program_is_told_once_and_made_again(commands, tmp_path):
+    program = """
+        from ffl_jax.devices import compiled
+        compiled.mend()
+        import jax
+        print(jax.jit(lambda x: x + 1)(1))
+        """
+    lines = []
+    for size in (None, 50, None):
+        for entry in tmp_path.glob("*-cache"):
+            entry.write_bytes(entry.read_bytes()[:size])
+        result = commands.run(
+            "-c", textwrap.dedent(program), env={"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+        )
+        assert result.stdout == "2\n"
+        lines.append(result.stderr.count("\n"))
+        assert ("damaged entries removed" in result.stderr) is bool(lines[-1])
+    assert lines == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("error", "limited", "kind", "words"),
+    [
+        (AssertionError(), False, ConfigError, "JAX_PLATFORMS=cuda: there is none here; set JAX_PLATFORMS"),
+        (RuntimeError("no\nbackend"), False, ConfigError, "JAX_PLATFORMS=cuda: no backend; set"),
+        (
+            ImportError("x.so: failed to map"),
+            True,
+            ResourceError,
+            "failed to map): raise the limit on memory",
+        ),
+    ],
+)
+def test_jax_does_not_start(error, limited, kind, words, monkeypatch):
+    def none():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", none)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda which: (10**9 if limited else resource.RLIM_INFINITY, 0)
+    )
+    refusal = start.problem(error)
+    assert type(refusal) is kind
+    assert words in str(refusal)
+    monkeypatch.undo()
+    assert start.problem(AssertionError("ours")) is None
+
+
+def settings(epochs):
+    config = digits.get_config("network=tiny,method=independent,epochs=1")
+    config.epochs, config.batch_size = epochs, 240  # 6 steps an epoch
+    config.log_every_steps, config.subnetworks.num = 2, 1
+    config.optimizer.schedule = "constant"  # unlike cosine, it lets a run be prolonged
+    config.data.validation_examples = 10
+    config.evaluation.every_epochs, config.checkpoint.every_steps = 1, 3
+    return config
+
+
+def test_all_at_once_in_a_real_run(tmp_path, monkeypatch, caplog):
+    loop.train(settings(1), tmp_path)
+    before = read_metrics(tmp_path / "metrics.jsonl")[0]
+    for fault in (
+        "metrics.jsonl has a flipped bit",
+        "config.json is binary",
+        "summary.json holds []",
+        "tensorboard is a file",
+        ".lock is a pipe",
+    ):
+        FAULTS[fault][0](tmp_path)
+    flip(largest(tmp_path / "checkpoints/best/6"))
+    folder(tmp_path / "curves.png")
+    curves = []
+    monkeypatch.setattr(loop.curves, "draw_curves", lambda *_: curves.append(1) or refuse(errno.ENOSPC)())
+    monkeypatch.setattr(runs, "versions", lambda: experiment.versions() | {"jax": "99.0"})
+    summary = loop.train(settings(2), tmp_path)
+    assert summary["status"] == "completed"
+    rows, damaged = read_metrics(tmp_path / "metrics.jsonl")
+    assert damaged == 0
+    assert rows[: len(before) - 1] == before[1:]
+    assert {row["step"] for row in rows} == {4, 6, 8, 10, 12}
+    words = f"under other versions, numbers may differ from here on: jax {jax.__version__} -> 99.0"
+    assert f"Step 6 was written {words}" in caplog.text
+    assert caplog.text.count("curves.png fails, and the run goes on without it") == len(curves) == 1
+    assert checkpoint.find(tmp_path / "checkpoints/best") == summary["best"]["step"]
+
+    wrong = {**summary, "predictors": []}
+    for content in (b'{"status": "completed", "step": 12}', json.dumps(wrong).encode()):
+        (tmp_path / "summary.json").write_bytes(content)
+        (tmp_path / "config.json").write_bytes(content[:9])
+        assert loop.train(settings(2), tmp_path)["predictors"] == summary["predictors"]
+        assert files.read_json(tmp_path / "summary.json")["predictors"] == summary["predictors"]
+        assert files.read_json(tmp_path / "config.json")["epochs"] == 2
