@@ -62,7 +62,8 @@ def of_system(error: OSError, where: str | os.PathLike = "") -> ResourceError:
 
     Args: where: the place in question, where the error itself names none.
     """
-    place = os.fsdecode(where or error.filename or "the system")
+    place = where or error.filename
+    place = os.fsdecode(place) if isinstance(place, str | bytes | os.PathLike) else "the system"
     reason = error.strerror or str(error) or type(error).__name__
     advice = _ADVICE.get(error.errno, "look at that place, or name another one")
     return ResourceError(f"cannot use {place}: {reason}; {advice}, then run again")

@@ -227,6 +227,24 @@ def test_step_asked_for_is_missing(two_steps):
         checkpoint.restore(two_steps, 15, _state(0))
 
 
+def test_one_of_two_copies_is_enough(two_steps, warnings):
+    """Steps lie among the newest, as the best, or in both."""
+    best = two_steps / "best"
+    checkpoint.copy(two_steps, best, 20)
+    assert checkpoint.locate(two_steps, 20) == (two_steps, 20)
+    for folder, place in ((best, two_steps), (two_steps, best)):
+        _truncate(folder / "20" / "_CHECKPOINT_METADATA")
+        assert checkpoint.locate(two_steps, 20, quarantine=True) == (place, 20)
+        assert _usable(place, step=20) == 20
+        if place == two_steps:
+            shutil.rmtree(best / "20")
+            checkpoint.copy(two_steps, best, 20)
+    assert "which was kept as the best" in warnings[-1]
+    assert checkpoint.locate(two_steps) == (two_steps, 10)
+    with pytest.raises(CheckpointError, match=r"step 15 .* 10"):
+        checkpoint.locate(two_steps, 15)
+
+
 def test_quarantine_makes_room_to_save_again(two_steps):
     for count in range(2):
         _truncate(two_steps / "20" / "_CHECKPOINT_METADATA")

@@ -149,7 +149,10 @@ class Checkpoints:
         files.make_folder(self.directory)
         files.make_folder(self._incoming)
         for rubbish in self._incoming.iterdir():
-            shutil.rmtree(rubbish) if rubbish.is_dir() and not rubbish.is_symlink() else rubbish.unlink()
+            if rubbish.is_dir() and not rubbish.is_symlink():
+                shutil.rmtree(rubbish, ignore_errors=True)  # NFS keeps what a killed process had open
+            else:
+                rubbish.unlink()
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -217,6 +220,24 @@ def find(directory: str | os.PathLike, step: int | None = None, quarantine: bool
     raise CheckpointError(
         f"no usable checkpoint in {directory}: {reasons}; use another step or another --workdir"
     )
+
+
+def locate(
+    directory: str | os.PathLike, step: int | None = None, quarantine: bool = False
+) -> tuple[Path, int]:
+    """(folder, step) of what `find` gives; the folder is that of the best where only there it is whole."""
+    directory = Path(directory).absolute()
+    try:
+        return directory, find(directory, step, quarantine)
+    except CheckpointError as error:
+        best = directory / "best"
+        if not exists(best):
+            raise
+        with contextlib.suppress(CheckpointError):
+            found = best, find(best, step, quarantine)
+            logging.warning("%s; now taken: %s, which was kept as the best", error, best / str(found[1]))
+            return found
+        raise
 
 
 def copy(source: str | os.PathLike, target: str | os.PathLike, step: int) -> None:

@@ -29,18 +29,12 @@ class RunFolder:
 
         Where no other is left it is the one that was kept as the best.
         """
-        best = self.checkpoints / "best"
-        if not (checkpoint.exists(self.checkpoints) or checkpoint.exists(best)):
+        if not any(map(checkpoint.exists, (self.checkpoints, self.checkpoints / "best"))):
             return None
-        try:
-            return checkpoint.find(self.checkpoints, quarantine=True)
-        except CheckpointError as error:
-            if not checkpoint.exists(best):
-                raise
-            step = checkpoint.find(best, quarantine=True)
-            logging.warning("%s; now taken: %s, which was kept as the best", error, best / str(step))
-            checkpoint.copy(best, self.checkpoints, step)
-            return step
+        place, step = checkpoint.locate(self.checkpoints, quarantine=True)
+        if place != self.checkpoints.absolute():
+            checkpoint.copy(place, self.checkpoints, step)
+        return step
 
     def mend_best(self, step: int):
         """Sees to it that the best checkpoint, of this step, is whole, where a copy of it is left."""
