@@ -10,7 +10,7 @@ import threading
 import uuid
 from pathlib import Path
 
-from ffl_jax.errors import CheckpointError, of_system
+from ffl_jax.errors import CheckpointError, ConfigError, of_system
 from ffl_jax.workdir import files
 
 # What file systems answer that have no locks: those of some clusters, and most in user space.
@@ -34,7 +34,14 @@ class Lock:
         self._one_thread = threading.Lock()
 
     def __enter__(self) -> "Lock":
-        """Raises CheckpointError, at once, if another process holds it."""
+        """CheckpointError, at once, if another process holds it; ConfigError if its name is no text."""
+        try:
+            str(self._path).encode()
+        except UnicodeEncodeError:
+            place = os.fsencode(self._path.parent).decode(errors="backslashreplace")
+            raise ConfigError(
+                f"--workdir={place} is not UTF-8: no checkpoint can be written there."
+            ) from None
         self._take()
         return self
 

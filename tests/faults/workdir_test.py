@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import textwrap
+import types
 
 import jax
 import numpy as np
@@ -273,6 +274,34 @@ def refuse(number):
         raise OSError(number, os.strerror(number))
 
     return act
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    with pytest.raises(ConfigError, match=r"run\\xff is not UTF-8"), checkpoint.lock(tmp_path / "run\udcff"):
+        pass
+
+
+# damaged, the step that all seeds continue from; None: they are refused
+SEEDS = [((), 2), (("0/2",), 1), (("0/2", "1/1"), None), (("0/1", "0/2", "1/1", "1/2"), 2)]
+
+
+@pytest.mark.parametrize(("damaged", "step"), SEEDS)
+def test_seeds_continue_from_the_newest_step_that_all_have(damaged, step, two_steps, tmp_path):
+    for seed in ("0", "1"):
+        shutil.copytree(two_steps, tmp_path / seed)
+    for one in damaged:
+        seed, number = one.split("/")
+        flip(largest(tmp_path / seed / "checkpoints" / number))
+        if len(damaged) == 2:  # with four, each seed has the best, which is step 2
+            shutil.rmtree(tmp_path / seed / "checkpoints/best")
+    all_seeds = object.__new__(runs.Runs)
+    all_seeds.workdir = tmp_path
+    all_seeds.each = [types.SimpleNamespace(folder=RunFolder(tmp_path / seed)) for seed in ("0", "1")]
+    if step is None:
+        with pytest.raises(CheckpointError, match="no step is whole in the checkpoints of all seeds"):
+            all_seeds.newest_step()
+    else:
+        assert all_seeds.newest_step() == step
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
