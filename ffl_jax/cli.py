@@ -17,21 +17,10 @@ from pathlib import Path
 
 from absl import flags
 
-from ffl_jax.devices import preemption
-from ffl_jax.errors import ConfigError, FFLError, Preempted, ResourceError
+from ffl_jax.devices import compiled, preemption
+from ffl_jax.errors import ConfigError, FFLError, Preempted, ResourceError, of_system
 from ffl_jax.registry import import_modules
 from ffl_jax.workdir.paths import programs_directory
-
-# What the system says of no path, but a user can act on.
-_OUT_OF_RESOURCES = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENOMEM,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.EIO,
-}
 
 
 def new_flags() -> flags.FlagValues:
@@ -100,11 +89,12 @@ def run(command: Callable[[list[str]], None], huge_pages: bool = False, answers:
       answers: what it prints is its work, so that a full disk under its output is an error. A reader who has
         seen enough, `head` perhaps, is none.
     """
+    preemption.install()
     if huge_pages:
         _use_huge_pages()
     _keep_programs()
+    compiled.mend()
     output = _secure_standard_files()
-    preemption.install()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for talkative in ("absl", "jax", "matplotlib", "tensorboardX"):  # Orbax and TFDS speak as absl
         logging.getLogger(talkative).setLevel(logging.WARNING)
@@ -149,6 +139,7 @@ def _use_huge_pages():
     except OSError:  # no Linux
         return
     if "[madvise]" in setting and not any(item.startswith("glibc.malloc.hugetlb=") for item in tunables):
+        preemption.hold_back()
         os.environ["GLIBC_TUNABLES"] = ":".join([*tunables, "glibc.malloc.hugetlb=1"])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
@@ -169,16 +160,15 @@ def _refusal(error: Exception) -> FFLError | None:
         return error
     if isinstance(error, flags.Error):
         return ConfigError(str(error))
-    if isinstance(error, OSError) and (error.filename is not None or error.errno in _OUT_OF_RESOURCES):
-        path = error.filename2 or error.filename or "disk"
-        remedy = "free space" if error.errno in _OUT_OF_RESOURCES else "make it accessible, or name another"
-        path = os.fsdecode(path) if isinstance(path, bytes) else path
-        return ResourceError(f"{path}: {error.strerror}; {remedy}.")
+    if isinstance(error, OSError):
+        return of_system(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return ResourceError(
             f"out of memory: lower config.batch_size or config.evaluation.batch_size ({error})."
         )
-    return None
+    from ffl_jax.devices import start  # here, since it may ask JAX
+
+    return start.problem(error)
 
 
 def parse(

@@ -2,6 +2,7 @@ import importlib.util
 import io
 import json
 import pickle
+import resource
 import shutil
 import sys
 import types
@@ -190,8 +191,8 @@ def test_streamed_damage_is_named(tmp_path, kind):
 def test_limit_of_open_files(monkeypatch):
     """As many shards as ImageNet has, and 512 for the rest: lifted where that is allowed."""
     limits = []
-    monkeypatch.setattr(tfds_source.resource, "getrlimit", lambda kind: (1024, 4096))
-    monkeypatch.setattr(tfds_source.resource, "setrlimit", lambda kind, limit: limits.append(limit))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limit: limits.append(limit))
     tfds_source._allow_open_files(500)
     assert not limits
     tfds_source._allow_open_files(1024)

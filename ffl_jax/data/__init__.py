@@ -48,11 +48,8 @@ def load(config) -> Dataset:
                     f"{given[role].image_shape}; set config.data.image_size to bring all to one size."
                 )
         content = [array for split in given.values() for array in (split.images, split.labels)]
-        layout = ""
     elif isinstance(train, StreamedSplit):
         content = [split.records.identity for split in given.values()]
-        layouts = [split.records.layout for split in given.values()]
-        layout = base.digest(*layouts, *class_names, str(config.validation_examples)) if all(layouts) else ""
     else:
         raise ConfigError(
             f"{config.name} is always held in memory: set config.data.streaming=False and "
@@ -61,7 +58,7 @@ def load(config) -> Dataset:
     fingerprint = base.digest(*content, *class_names, str(config.validation_examples))
     if config.validation_examples:
         given["train"], given["validation"] = _carve(config, given["train"], class_names)
-    return Dataset(config.name, class_names=class_names, fingerprint=fingerprint, layout=layout, **given)
+    return Dataset(config.name, class_names=class_names, fingerprint=fingerprint, **given)
 
 
 def train_input(split: Split | StreamedSplit, config, parallel, views: int = 0):

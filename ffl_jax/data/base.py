@@ -43,13 +43,11 @@ class Records(abc.ABC):
     Attributes:
       identity: changes with the files' names and sizes and with what says how they are labelled, but not with
         a file's content where its size stays.
-      layout: the same without the sizes: stays where a damaged file is repaired; "" if that is not known.
       labels: integers [N], where they are known before anything is read.
       remedy: what to do about a damaged one, for errors.
     """
 
     identity: str
-    layout: str = ""
     labels: np.ndarray | None = None
     remedy: str
 
@@ -101,8 +99,7 @@ class StreamedSplit:
 class Dataset:
     """A dataset; `fingerprint` changes with any pixel, label, class name or split.
 
-    Where it is streamed, `fingerprint` changes with the names and sizes of its files, as `Records.identity`,
-    and `layout` with the names alone, as `Records.layout`; else that is "".
+    Where it is streamed, `fingerprint` changes with the names and sizes of its files, as `Records.identity`.
     """
 
     name: str
@@ -111,7 +108,6 @@ class Dataset:
     class_names: tuple[str, ...]
     fingerprint: str
     validation: Split | StreamedSplit | None = None
-    layout: str = ""
 
 
 def digest(*parts: str | np.ndarray) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ffl_jax.data import base, images, limits, records
 from ffl_jax.errors import DatasetError
+from ffl_jax.workdir.paths import expanded
 
 _LAYOUT = (
     "it must hold train/<class>/* and test/<class>/* (or val/<class>/*) with images, PNG or JPEG files say"
@@ -66,7 +67,7 @@ def root(config, title: str, layout: str) -> pathlib.Path:
     """The folder `config.data_dir` of `title`, for sources that hold files as `layout` says."""
     if not config.data_dir:
         raise DatasetError(f"config.data.data_dir is not set: give the folder of {title}; {layout}.")
-    top = pathlib.Path(config.data_dir).expanduser().absolute()
+    top = expanded(config.data_dir).absolute()
     if not top.exists():
         raise DatasetError(f"config.data.data_dir {top} does not exist; {layout}.")
     if not top.is_dir():

@@ -20,7 +20,7 @@ import numpy as np
 
 from ffl_jax.data import base, images, limits, tfds
 from ffl_jax.errors import DatasetError
-from ffl_jax.workdir.paths import cache_directory
+from ffl_jax.workdir.paths import cache_directory, expanded
 
 _ATTEMPTS = 5
 _TIMEOUT = 30.0  # seconds without a byte
@@ -75,10 +75,10 @@ def load(config, read: Callable[[pathlib.Path], tuple | None], downloads: Sequen
       layout: what else a folder may hold, for errors.
     """
     for key in ("data_dir", "manual_dir"):
-        if config[key] and (found := read(pathlib.Path(config[key]).expanduser())):
+        if config[key] and (found := read(expanded(config[key]))):
             return _sized(config, *found)
     home = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    prepared = pathlib.Path(config.data_dir or home).expanduser() / config.name
+    prepared = expanded(config.data_dir or home) / config.name
     if any(prepared.glob("*/dataset_info.json")):
         return tfds.load(config)
     names = ", ".join(one.name for one in downloads)

@@ -37,7 +37,6 @@ class Files(base.Records):
         self._names = np.frombuffer(b"".join(names), np.uint8)
         self._ends = np.cumsum([0, *map(len, names)])
         self.identity = base.digest(self._names, self._ends, listing.states[:, 0], self.labels)
-        self.layout = base.digest(self._names, self._ends, self.labels)
 
     def __len__(self):
         return len(self.labels)

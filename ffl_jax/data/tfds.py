@@ -20,6 +20,7 @@ from absl import logging as absl_logging
 from ffl_jax.data import base, cache, images, limits
 from ffl_jax.data import records as records_lib
 from ffl_jax.errors import ConfigError, DatasetError, FFLError, ResourceError
+from ffl_jax.workdir.paths import expanded
 
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:[\d.*]+)?")
 # Those of TFDS whose classes are named by the files that they are prepared from, and not in its code.
@@ -120,7 +121,6 @@ class Records(base.Records):
         # TFDS's count of bytes as well: the files grow by 64 KiB at a time.
         sizes = np.array([info.num_bytes, *map(os.path.getsize, self.paths)])
         self.identity = base.digest(builder.info.full_name, *self._keys, *names, sizes, self._starts)
-        self.layout = base.digest(builder.info.full_name, *self._keys, *names, self._starts)
 
     def __len__(self):
         return int(self._starts[-1])
@@ -202,7 +202,7 @@ def _builder(config):
             "`name/config:1.0.0`."
         )
     short_name = re.split("[/:]", config.name)[0]
-    data_dir = os.path.abspath(os.path.expanduser(config.data_dir)) if config.data_dir else None
+    data_dir = os.path.abspath(expanded(config.data_dir)) if config.data_dir else None
     _check_regular(pathlib.Path(data_dir or tfds.core.constants.DATA_DIR) / short_name)
     try:
         with _quiet():
@@ -271,7 +271,7 @@ def _prepare(builder, config):
             f"{target} is half-prepared (it has no dataset_info.json), and partial data is never used: "
             f"run `rm -r {target}` and the same command again."
         )
-    if config.manual_dir and not os.path.isdir(os.path.expanduser(config.manual_dir)):
+    if config.manual_dir and not expanded(config.manual_dir).is_dir():
         raise DatasetError(
             f"config.data.manual_dir {config.manual_dir} is not a folder: give the folder of the files that "
             f"you downloaded by hand{_upstream(builder)}."
@@ -295,7 +295,7 @@ def _prepare(builder, config):
         tf.config.set_visible_devices([], "GPU")  # The accelerator's memory is for training.
         downloader.MAX_RETRIES = 5  # Ten, its default, take over three minutes to notice a missing network.
         download_config = tfds.download.DownloadConfig(
-            manual_dir=os.path.expanduser(config.manual_dir) or None, try_download_gcs=False
+            manual_dir=config.manual_dir and os.fspath(expanded(config.manual_dir)), try_download_gcs=False
         )
         builder.download_and_prepare(download_config=download_config, file_format="array_record")
     except Exception as error:

@@ -64,6 +64,7 @@ _TEXT = "a text of 1 to 1000 characters"
 _KEYS: dict[str, tuple[str, Callable]] = {
     "card_version": (f"{VERSION}", _whole(VERSION, VERSION)),
     "ffl_jax": (_TEXT, _text),
+    "modules": ("texts", _list(_text, 0, 100)),
     "predictor": (_TEXT, _text),
     "method": (_TEXT, _text),
     "networks": (f"1 to {_MAX_NETWORKS} texts", _list(_text, 1, _MAX_NETWORKS)),

@@ -145,6 +145,7 @@ def describe(restored: scoring.Restored, name: str | None = None) -> tuple[dict,
     card = {
         "card_version": cards.VERSION,
         "ffl_jax": __version__,
+        "modules": list(config.modules),
         "predictor": name,
         "method": config.method.name,
         "networks": networks,

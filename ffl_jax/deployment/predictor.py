@@ -14,6 +14,7 @@ from ffl_jax import methods
 from ffl_jax.data import augment
 from ffl_jax.errors import CheckpointError
 from ffl_jax.models import NETWORKS
+from ffl_jax.registry import import_modules
 
 
 def build(card: dict) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
@@ -26,6 +27,7 @@ def build(card: dict) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
     Raises:
       ConfigError: a network, a method or a hyper-parameter is unknown here.
     """
+    import_modules(card["modules"])
     architecture = card["architecture"]
     module = _network(architecture) if "network" in architecture else _method(architecture)
 

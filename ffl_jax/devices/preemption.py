@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first asks a run to save and stop, a second one ends it at once.
+"""SIGTERM, SIGINT, SIGHUP: the first asks a run to save and stop, a second one ends it at once.
 
 Light on imports: the handler stands before the heavy ones begin.
 """
@@ -9,14 +9,25 @@ import signal
 
 from ffl_jax.errors import Preempted
 
+# SIGHUP says that the terminal is gone; `nohup` has it ignored, and then it is.
+_SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    _SIGNALS.append(signal.SIGHUP)
 _received: list[int] = []
 _deferred = False
 
 
 def install():
-    """Takes over SIGTERM and SIGINT; to be called once, in the main thread."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Takes these signals over; to be called once, in the main thread."""
+    for number in _SIGNALS:
         signal.signal(number, _handle)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def hold_back():
+    """Before the process begins anew: signals wait until `install`; Python would tell of them at length."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 def _handle(number, frame):
@@ -25,7 +36,8 @@ def _handle(number, frame):
     _received.append(number)
     if not _deferred:
         # At once: an exception raised here is lost where it meets a callback, the garbage collector's say.
-        os.write(2, f"error: {_message('there was nothing to save')}\n".encode())
+        with contextlib.suppress(OSError):  # nobody may read it
+            os.write(2, f"error: {_message('there was nothing to save')}\n".encode())
         os._exit(Preempted.exit_code)
 
 

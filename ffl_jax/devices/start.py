@@ -1,7 +1,6 @@
 """Why JAX does not start on this machine, in words. Light on imports, for it may be they that fail."""
 
 import os
-import resource
 import sys
 
 from ffl_jax.errors import ConfigError, FFLError, ResourceError
@@ -30,5 +29,9 @@ def problem(error: Exception) -> FFLError | None:
 
 
 def _memory_is_limited() -> bool:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return False
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     return any(limit != resource.RLIM_INFINITY for limit in limits)

@@ -30,7 +30,7 @@ FREE_KEYS = (
         "parallel",
     ),
 )
-FREE_DATA_KEYS = ("data_dir", "manual_dir", "cache_dir", "workers")
+FREE_DATA_KEYS = ("data_dir", "manual_dir", "cache_dir", "workers", "accept_changes")
 # Numbers that cost time or memory before anything could be refused for its size.
 AT_MOST = {"subnetworks.num": 128, "teachers.num": 128, "teachers.generations": 128, "num_seeds": 1024}
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}
@@ -184,12 +184,14 @@ def from_json(values: dict) -> ConfigDict:
 
     _import_modules(values)
     config = every_key(values["method"]["name"]).unlock()
-    config.update(ConfigDict(tuples(values)))
+    with config.ignore_type():
+        config.update(ConfigDict(tuples(values)))
     return config
 
 
 def fixed_part(values: dict) -> dict:
-    """What of `to_json(config)` must stay the same when a run continues."""
+    """What of `to_json(config)`, of this version or one before, must stay the same when a run continues."""
+    values = to_json(from_json(values))
     fixed = {key: value for key, value in values.items() if key not in FREE_KEYS}
     if "teachers" in values:
         fixed["teachers"] = {key: value for key, value in values["teachers"].items() if key != "runs"}

@@ -77,6 +77,7 @@ def _data_keys() -> dict:
         "manual_dir": "",  # TFDS: files downloaded by hand, to prepare without a network
         "cache_dir": "",  # decoded images; "" for the user's cache folder
         "image_size": 0,  # resize the shorter side, crop the centre; 0 takes images as they are
+        "accept_changes": False,  # True: a run continues with a dataset whose images have changed
         "streaming": False,  # True: read and decode on demand, for datasets that do not fit in memory
         "workers": min(32, max(1, (os.cpu_count() or 2) - 1)),  # streaming: processes; 0: this one
         "validation_examples": 0,  # carved from the training split; the best epoch is chosen on them

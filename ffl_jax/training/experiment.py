@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 from importlib import metadata
 from pathlib import Path
 
@@ -83,7 +84,7 @@ class Experiment:
     def identity(self) -> dict:
         """What must be the same wherever this is trained; where the data lies need not be."""
         config = config_lib.to_json(self.config)
-        for key in ("data_dir", "manual_dir", "cache_dir", "workers"):
+        for key in config_lib.FREE_DATA_KEYS:
             del config["data"][key]
         return {"config": config, "fingerprint": self.dataset.fingerprint}
 
@@ -189,22 +190,37 @@ def check_belongs(run: dict, experiment: Experiment, where: Path):
             f"this version reads {RUN_FORMAT}."
         )
     stored, current = (
-        config_lib.fixed_part(config_lib.to_json(config))
-        for config in (config_lib.from_json(run["config"]), experiment.config)
+        config_lib.fixed_part(values) for values in (run["config"], config_lib.to_json(experiment.config))
     )
+    change, accepted = _dataset_change(run["dataset"], experiment)
+    if change and accepted:
+        logging.warning("%s: %s. Going on with it as it is now.", where, change)
+        if not experiment.config.data.streaming:  # these may be computed from the images
+            for values in (stored, current):
+                del values["data"]["mean"], values["data"]["std"]
     different = checkpoint.differences({"config": stored}, {"config": current})
-    fingerprint = experiment.dataset.fingerprint
-    if run["dataset"]["fingerprint"] != fingerprint:
-        old, new = run["dataset"]["train_examples"], len(experiment.dataset.train)
-        different.append(
-            f"dataset: fingerprint {run['dataset']['fingerprint'][:12]} ({old} training examples) in the "
-            f"checkpoint, {fingerprint[:12]} ({new}) now"
-        )
+    different += [change] if change and not accepted else []
     if different:
         raise CheckpointError(
             f"{where} belongs to another run: {'; '.join(different)}. "
             "Undo the change, or choose another --workdir."
         )
+
+
+def _dataset_change(stored: dict, experiment: Experiment) -> tuple[str, bool]:
+    """(what has changed in the dataset since a checkpoint, "" for nothing; whether a run may continue so)."""
+    dataset = experiment.dataset
+    if stored["fingerprint"] == dataset.fingerprint:
+        return "", True
+    change = (
+        f"dataset: fingerprint {stored['fingerprint'][:12]} ({stored['train_examples']} training examples) "
+        f"in the checkpoint, {dataset.fingerprint[:12]} ({len(dataset.train)}) now"
+    )
+    if stored["class_names"] != list(dataset.class_names):
+        return f"{change}, with other classes", False
+    if experiment.config.data.accept_changes:
+        return change, True
+    return f"{change} (to go on with it, add --config.data.accept_changes=True)", False
 
 
 def versions() -> dict[str, str]:

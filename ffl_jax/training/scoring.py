@@ -131,9 +131,7 @@ def restore_checkpoint(workdir: Path, step: int | None = None, data_dir: str | N
         raise ConfigError(
             f"{workdir} holds {len(seeds)} seeds: choose one, such as --workdir={seeds[0].parent}."
         )
-    if step is not None and step in checkpoint.whole_steps(directory / "best"):
-        directory = directory / "best"
-    step = checkpoint.find(directory, step)
+    directory, step = checkpoint.locate(directory, step)
     run = checkpoint.load_run(directory, step)
     config = config_lib.from_json(run["config"])
     if data_dir is not None:

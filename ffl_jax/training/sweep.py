@@ -182,7 +182,7 @@ def is_complete(job: Job) -> bool:
             wanted["data"] |= {key: stored["data"][key] for key in ("mean", "std")}
         same = config_lib.fixed_part(stored) == config_lib.fixed_part(wanted)
         return same and stored["epochs"] == wanted["epochs"]
-    except (KeyError, TypeError, AttributeError):  # not of this version, or damaged
+    except (KeyError, TypeError, AttributeError, ConfigError):  # not of this version, or damaged
         return False
 
 

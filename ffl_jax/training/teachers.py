@@ -4,11 +4,9 @@ On the command line, `--config.teachers.runs=DIR` names the finished run of a te
 each of them. What a student once has in a checkpoint it needs no teacher's run for.
 """
 
-import importlib
 import logging
 import operator
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +16,11 @@ from ffl_jax import methods
 from ffl_jax.data import Dataset, Split, resident
 from ffl_jax.errors import CheckpointError, ConfigError
 from ffl_jax.training import config as config_lib
+from ffl_jax.training import config_file
 from ffl_jax.training.experiment import RUN_FORMAT, Experiment, resolve
 from ffl_jax.training.steps import TrainState
 from ffl_jax.workdir import checkpoint
-from ffl_jax.workdir.paths import ROOT, expanded
+from ffl_jax.workdir.paths import expanded
 
 
 def to_train(config: ConfigDict, workdir: Path) -> Iterator[tuple[ConfigDict, str]]:
@@ -218,12 +217,10 @@ def _close(x, y):
 
 def _command(config: ConfigDict, dataset: Dataset, workdir: Path) -> str:
     """The command that trains a configuration, or continues it: a file of ours, and all that differs."""
-    files = [path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "common"]
-    file = max((stem for stem in files if config.data.name.startswith(stem)), key=len, default="cifar10")
+    fitting = [name for name in config_file.names() if config.data.name.startswith(name)]
+    file = max(fitting, key=len, default="cifar10")
     preset = f"method={config.method.name},network={config.subnetworks.network},epochs={config.epochs}"
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))
-    start = importlib.import_module(f"configs.{file}").get_config(preset)
+    start = config_file.read(f"configs/{file}.py:{preset}")
     if isinstance(dataset.train, Split):  # else there is nothing that mean and std could come from
         start = resolve(start, dataset)
     start, wanted = (config_lib.flatten(one.to_dict()) for one in (start, config))

@@ -30,8 +30,8 @@ BEGIN = "from configs import digits\ndef get_config(arg=None):\n    config = dig
             "config.method.name must name a method",
         ),
         (BEGIN + "    del config.data.pad\n    return config", "lacks config.data.pad: begin with"),
-        (BEGIN + "    del config.data\n    return config", "lacks config.data.cache_dir"),
-        (BEGIN + "    config.data = None\n    return config", "lacks config.data.cache_dir"),
+        (BEGIN + "    del config.data\n    return config", "lacks config.data.accept_changes"),
+        (BEGIN + "    config.data = None\n    return config", "lacks config.data.accept_changes"),
         (BEGIN + "    config.epochs = '3'\n    return config", "file.py:4"),
         (
             BEGIN + "    config.unlock()\n    config.lerning_rate = 1.0\n    return config",

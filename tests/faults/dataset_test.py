@@ -17,9 +17,11 @@ from data_tfds_test import three_shards, write_dataset
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from configs import folder as config_folder
 from ffl_jax import data, doctor, main
 from ffl_jax.data import cache, images, limits
-from ffl_jax.errors import DatasetError, FFLError
+from ffl_jax.errors import CheckpointError, DatasetError, FFLError
+from ffl_jax.training.experiment import Experiment, check_belongs, run_record
 
 FLIPS = 500 if os.environ.get("FFL_LONG_FAULTS") else 15
 STREAMED = {"streaming": True, "image_size": 4, "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -441,14 +443,34 @@ def test_flipped_bits_of_the_cache_are_seen(tmp_path):
     np.testing.assert_equal(cache.cached("set", "source", str(tmp_path), lambda: made), made)
 
 
-def test_a_repaired_file_keeps_the_layout_and_a_removed_one_does_not(root):
-    """What a run that streams compares its dataset by when it continues."""
-    first = data.load(make_config(root, **STREAMED))
-    path = root / "train/ant/0.png"
-    save(path, GREEN, (7, 7))
-    repaired = data.load(make_config(root, **STREAMED))
-    path.unlink()
-    removed = data.load(make_config(root, **STREAMED))
-    assert len({first.fingerprint, repaired.fingerprint, removed.fingerprint}) == 3
-    assert first.layout == repaired.layout != removed.layout
-    assert data.load(make_config(root)).layout == ""
+@pytest.mark.parametrize(
+    ("change", "accepted", "refusal"),
+    [
+        ("repaired", False, r"8 training examples\) in the checkpoint, \w+ \(8\) now .*accept_changes=True"),
+        ("removed", False, r"8 training examples\) in the checkpoint, \w+ \(7\) now .*accept_changes=True"),
+        ("repaired", True, None),
+        ("removed", True, None),
+        ("class renamed", True, "with other classes"),
+    ],
+)
+def test_a_run_goes_on_with_a_repaired_dataset(root, change, accepted, refusal, caplog):
+    def experiment():
+        config = config_folder.get_config("method=independent,network=tiny")
+        config.batch_size, config.data.accept_changes = 4, accepted
+        config.data.update(data_dir=str(root), crop="pad", pad=1, **STREAMED)
+        return Experiment(config, data.load(config.data))
+
+    record, path = run_record(experiment()), root / "train/ant/0.png"
+    if change == "repaired":
+        save(path, GREEN, (7, 7))
+    elif change == "removed":
+        path.unlink()
+    else:
+        for split in ("train", "test"):
+            (root / split / "bee").rename(root / split / "wasp")
+    if refusal:
+        with pytest.raises(CheckpointError, match=refusal):
+            check_belongs(record, experiment(), root)
+    else:
+        check_belongs(record, experiment(), root)
+        assert "Going on with it as it is now" in caplog.text

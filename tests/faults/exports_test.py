@@ -28,6 +28,7 @@ from ffl_jax.methods import METHODS
 FLIPS, CARDS = (500, 2000) if os.environ.get("FFL_LONG_FAULTS") else (15, 30)
 CARD = {
     "card_version": 1,
+    "modules": [],
     "ffl_jax": "0.1.0",
     "predictor": "sub_0",
     "method": "ffl",
