@@ -1,5 +1,6 @@
 """Trains methods x networks x seeds and compares them: `python -m ffl_jax.sweep --config=… --output=DIR`."""
 
+import contextlib
 import shlex
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def command(argv: list[str]):
     failed = sweep.train(jobs)
     from ffl_jax.reporting import report
 
-    if len(failed) < len(jobs):
+    # A report of nothing is refused, which is no news where nothing could be trained.
+    with contextlib.suppress(cli.ConfigError) if failed else contextlib.nullcontext():
         report.write([str(output)], output / "report")
         print(f"report: {output / 'report'}/index.html, report.md, results.csv")
     if failed:

@@ -322,7 +322,7 @@ def test_flatten():
 
 
 FREE = {
-    "modules": ("mine",),
+    "modules": ("json",),
     "epochs": 500,
     "log_every_steps": 1,
     "log_histograms": True,

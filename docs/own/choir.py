@@ -1,9 +1,16 @@
-"""A method from outside the package, with terms and predictions of its own names."""
+"""A method, a network and a dataset of one's own; docs/extending.md says how they are used.
+
+    cd docs/own
+    python -m ffl_jax.main --config=configs/digits.py:method=choir,network=plain --config.modules=choir \
+        --config.data.name=stripes --workdir=runs/choir
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import stop_gradient
 
+from ffl_jax.data import base
 from ffl_jax.losses import cross_entropy, kl_divergence
 from ffl_jax.methods.base import (
     ENSEMBLE,
@@ -17,11 +24,13 @@ from ffl_jax.methods.base import (
     Term,
     terms,
 )
+from ffl_jax.models.base import NETWORKS, Network, batch_norm, conv
 
 NAMES = ("alpha", "omega")
 
 
-class Stranger(Method):
+@METHODS.register("choir")
+class Choir(Method):
     """Two networks and a linear blend of their features; what they agree on is called harmony here."""
 
     headline = "omega"
@@ -54,6 +63,28 @@ class Stranger(Method):
         return NAMES
 
 
-def register():
-    """Not on import, which would make every test of all methods take it for one of ours."""
-    METHODS.register("stranger")(Stranger)
+@NETWORKS.register("plain")
+class Plain(Network):
+    """Three stages of one convolution each, 16, 32 and 64 channels wide."""
+
+    def stem(self, x, train):
+        return nn.relu(batch_norm(train, name="stem_norm")(conv(16, 3, name="stem_conv")(x)))
+
+    def stage(self, index, x, train):
+        x = conv(16 * 2**index, 3, stride=1 if index == 0 else 2, name=f"stage{index + 1}_conv")(x)
+        return nn.relu(batch_norm(train, name=f"stage{index + 1}_norm")(x))
+
+
+@base.SOURCES.register("stripes")
+def load(config):
+    """Noise with horizontal or vertical stripes: 8x8, two classes."""
+    rng = np.random.default_rng(0)
+
+    def split(count):
+        labels = rng.integers(2, size=count).astype(np.int32)
+        stripes = np.tile(np.array([60, 0], np.uint8), 4)[:, None] * np.ones((8, 8), np.uint8)
+        images = rng.integers(150, size=(count, 8, 8, 3)).astype(np.uint8)
+        images += np.where(labels[:, None, None] == 0, stripes, stripes.T)[..., None].astype(np.uint8)
+        return base.Split(images, labels)
+
+    return split(400), split(100), ("horizontal", "vertical")
