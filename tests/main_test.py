@@ -43,6 +43,7 @@ def refused(monkeypatch, tmp_path):
         (["--config.optimizer.learning_rate=-1"], "must be finite and not negative, got -1.0"),
         (["--config.method.temperature=0"], "config.method.temperature must be > 0"),
         (["--config.method.kd_mode=both"], "mkd, ens2fused, fused2sub, none"),
+        (["--config.method.smoothing=1.5"], "added to probabilities: it must be below 1"),
         (["--config.batch_size=0"], "config.batch_size must be at least 1"),
         (["--config.subnetworks.num=1"], "FFL takes at least 2 sub-network(s), got 1"),
         (["--config.subnetworks.num=0"], "subnetworks.num must be at least 1, got 0"),

@@ -147,6 +147,20 @@ def test_published_schedule():
     np.testing.assert_allclose(rates({}, 391, 300, steps), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("settings", "epochs", "text"),
+    [
+        ({}, 300, "0.1, times 0.1 at each of epochs [150, 225]"),
+        ({}, 200, "0.1, times 0.1 at each of epochs [150]; decay_epochs [225] lie behind the end at 200"),
+        ({}, 30, "0.1, and never falls; decay_epochs [150, 225] lie behind the end at 30"),
+        ({"schedule": "cosine", "warmup_epochs": 5.0}, 30, "0.1, reached at epoch 5, cosine until epoch 30"),
+    ],
+)
+def test_the_course_of_the_rate_is_told(settings, epochs, text):
+    start = {"learning_rate": 0.1, "schedule": "step", "decay_epochs": (150, 225), "decay_factor": 0.1}
+    assert optimizers.course(start | {"warmup_epochs": 0.0} | settings, epochs) == text
+
+
 def test_constant_schedule():
     assert rates({"schedule": "constant"}, 5, 300, [0, 5 * 299]) == pytest.approx([0.1, 0.1])
 

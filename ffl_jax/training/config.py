@@ -118,6 +118,8 @@ def check(config: ConfigDict):
         raise ConfigError(f"config.seed must be below 2^32, that of the last run too, got {config.seed}.")
     if values.get("method.temperature") == 0:
         raise ConfigError(f"config.method.temperature must be > 0, got {values['method.temperature']}.")
+    if values.get("method.smoothing", 0) >= 1:
+        raise ConfigError("config.method.smoothing is added to probabilities: it must be below 1.")
     if config.num_seeds > 1 and config.checkpoint.keep < 2:
         raise ConfigError(
             "config.checkpoint.keep must be at least 2 with several seeds, got 1: a kill may come when some "

@@ -16,7 +16,7 @@ from ffl_jax.data import survey
 from ffl_jax.devices import parallel
 from ffl_jax.errors import DatasetError, FFLError
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import experiment, teachers
+from ffl_jax.training import experiment, optimizers, teachers
 from ffl_jax.workdir.paths import cache_directory
 
 _NAMED = 20  # classes or images that are listed one by one
@@ -50,6 +50,7 @@ def _configuration(config):
     devices.check_batch_size(config.batch_size, config.accumulate)
     names = " + ".join(config_lib.network_names(config))
     yield f"{config.method.name} with {names}, {config.epochs} epochs of batch {config.batch_size}"
+    yield f"learning rate {optimizers.course(config.optimizer, config.epochs)}"
 
 
 def _images(config):

@@ -16,7 +16,7 @@ from ffl_jax.devices.parallel import Parallel
 from ffl_jax.errors import NonFiniteError
 from ffl_jax.methods.base import KNOWLEDGE
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import cost, metrics, programs, steps, teachers, vectorize
+from ffl_jax.training import cost, metrics, optimizers, programs, steps, teachers, vectorize
 from ffl_jax.training.experiment import Experiment
 from ffl_jax.training.runs import Run, Runs
 from ffl_jax.training.scoring import Evaluator
@@ -32,7 +32,7 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None 
     With `config.num_seeds` > 1, these are as many runs in one program, in `workdir/seed_N` each.
 
     Args:
-      config: see `configs/common.py`.
+      config: see `training/defaults.py`.
       workdir: made if it is not there.
       dataset: where it is loaded already, in place of the one that `config.data` describes.
 
@@ -41,6 +41,7 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None 
         is saved.
     """
     config_lib.check(config)
+    logging.info("Learning rate: %s", optimizers.course(config.optimizer, config.epochs))
     parallel = Parallel(**config.parallel, num_seeds=config.num_seeds)
     parallel.check_batch_size(config.batch_size, config.accumulate)
     workdir = Path(workdir).absolute()

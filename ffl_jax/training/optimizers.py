@@ -49,6 +49,21 @@ def optimizer(settings: Mapping, steps_per_epoch: int, epochs: int) -> optax.Gra
     return optax.chain(optax.add_decayed_weights(settings["weight_decay"]), core)
 
 
+def course(settings: Mapping, epochs: int) -> str:
+    """How the learning rate goes over a run of so many epochs, in words; also what of it has no effect."""
+    text = f"{settings['learning_rate']:g}"
+    if settings["warmup_epochs"]:
+        text += f", reached at epoch {settings['warmup_epochs']:g}"
+    if settings["schedule"] != "step":
+        return f"{text}, {settings['schedule']} until epoch {epochs}"
+    falls = [epoch for epoch in settings["decay_epochs"] if epoch < epochs]
+    late = [epoch for epoch in settings["decay_epochs"] if epoch >= epochs]
+    text += (
+        f", times {settings['decay_factor']:g} at each of epochs {falls}" if falls else ", and never falls"
+    )
+    return f"{text}; decay_epochs {late} lie behind the end at {epochs}" if late else text
+
+
 def check_settings(settings: Mapping, where: str):
     """Raises ConfigError, naming the key under `where`, for a value out of its domain or of another type."""
 
