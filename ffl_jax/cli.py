@@ -240,9 +240,10 @@ def _parse_config(values, argv):
 
 def default_workdir(config) -> str:
     """Where a run goes that was given no --workdir."""
+    from ffl_jax.training.config import dataset_title
+
     seeds = f"seed{config.seed}"
     if config.num_seeds > 1:
         seeds = f"seeds{config.seed}-{config.seed + config.num_seeds - 1}"
-    return os.path.join(
-        "runs", f"{config.data.name}_{config.method.name}_{config.subnetworks.network}_{seeds}"
-    )
+    title = re.sub(r"[^\w.+-]", "_", dataset_title(config))
+    return os.path.join("runs", f"{title}_{config.method.name}_{config.subnetworks.network}_{seeds}")

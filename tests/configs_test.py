@@ -335,6 +335,7 @@ FREE = {
     "parallel.num_devices": 1,
     "parallel.subnetworks": 2,
     "parallel.seeds": 2,
+    "data.title": "mine",
     "data.data_dir": "elsewhere",
     "data.manual_dir": "elsewhere",
     "data.cache_dir": "elsewhere",

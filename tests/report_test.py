@@ -330,13 +330,32 @@ def test_seeds_versions_data_and_unfinished_runs(tmp_path):
     damage(tmp_path / "ffl_seed0", status="diverged")
     damage(tmp_path / "ffl_seed1", status="preempted")
     damage(tmp_path / "ffl_seed2", versions={"jax": "0.11.0"}, fingerprint="a" * 40)
-    damage(tmp_path / "independent_seed0", fingerprint="b" * 40)
+    damage(tmp_path / "independent_seed0", fingerprint="a" * 40)
     warnings, _ = check(tmp_path)
     assert f"`{tmp_path}/ffl_seed0`: diverged at step 20, epoch 2; left out of every mean." in warnings
     assert "One run only, which says nothing about chance: ffl." in warnings
     assert "`seed`: 2 in ffl; 0, 1, 2 in independent. Means are over different seeds." in warnings
     assert "`versions.jax`: 0.10.2 in independent; 0.11.0 in ffl." in warnings
-    assert "`fingerprint`: aaaaaaaaaaaa in ffl; bbbbbbbbbbbb in independent seed 0." in warnings
+
+
+def test_other_data_of_one_name_is_another_dataset(tmp_path):
+    """By the fingerprint, where that does not come from another number of validation examples."""
+    write_both(tmp_path)
+    for seed, fingerprint in enumerate("abb"):
+        for method in ("ffl", "independent"):
+            damage(tmp_path / f"{method}_seed{seed}", fingerprint=fingerprint * 40)
+    found = groups.group(*runs.read([tmp_path])[:2])
+    assert {name: [one.seeds for one in members] for name, members in found.items()} == {
+        "cifar10 (aaaaaaaaaaaa)": [[0], [0]],
+        "cifar10 (bbbbbbbbbbbb)": [[1, 2], [1, 2]],
+    }
+    for seed, carved in ((0, 5), (1, 0), (2, 0)):
+        for method in ("ffl", "independent"):
+            path = tmp_path / f"{method}_seed{seed}" / "config.json"
+            config = json.loads(path.read_text())
+            config["data"]["validation_examples"] = carved
+            write_json(path, config)
+    assert list(groups.group(*runs.read([tmp_path])[:2])) == ["cifar10"]
 
 
 def test_image_folders_of_early_versions_are_told_apart_by_their_place(tmp_path):

@@ -52,7 +52,7 @@ def check(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
             warnings += [f"{text} One row mixes them." for one in groups for text in differing(key, [one])]
         else:
             warnings += differing(key)
-    warnings += _data(groups)
+    warnings += _places(groups)
     for package in _VERSIONS:
         of = lambda run, package=package: run.summary.get("versions", {}).get(package)  # noqa: E731
         warnings += _differing(f"versions.{package}", groups, of)
@@ -116,13 +116,12 @@ def _settings(run: FinishedRun) -> dict:
     }
 
 
-def _data(groups: Sequence[Group]) -> list[str]:
-    """Whether datasets of one name are one: by fingerprints, image folders of old runs by their place."""
-    found = _differing("fingerprint", groups, lambda run: run.summary.get("fingerprint", "")[:12] or None)
+def _places(groups: Sequence[Group]) -> list[str]:
+    """Whether image folders of old runs, whose fingerprints nobody knows, are one: by their place."""
     told = all("fingerprint" in run.summary for group in groups for run in group.runs)
-    if groups[0].dataset == "folder" and not told:
-        found += _differing("data.data_dir", groups, lambda run: flatten(run.config).get("data.data_dir"))
-    return found
+    if groups[0].dataset != "folder" or told:
+        return []
+    return _differing("data.data_dir", groups, lambda run: flatten(run.config).get("data.data_dir"))
 
 
 def _differing(key: str, groups: Sequence[Group], value_of: Callable[[FinishedRun], object]) -> list[str]:

@@ -102,10 +102,18 @@ class Group:
 
 
 def group(runs: Sequence[FinishedRun], unusable: Sequence[Unusable]) -> dict[str, list[Group]]:
-    """Dataset -> its groups: by shipped network, the best mean top-1 first."""
+    """Dataset -> its groups: by shipped network, the best mean top-1 first.
+
+    Datasets that have one name, but are not the same, are told apart by their fingerprints.
+    """
+    prints = defaultdict(set)
+    for run in runs:  # a fingerprint is of the carving too
+        prints[run.dataset, _carved(run)].add(run.summary.get("fingerprint"))
+    mixed = {dataset for (dataset, _), found in prints.items() if len(found - {None}) > 1}
     members, lost = defaultdict(list), defaultdict(list)
     for run in runs:
-        members[run.dataset, run.method, run.networks].append(run)
+        told = f" ({run.summary.get('fingerprint', 'unknown')[:12]})" if run.dataset in mixed else ""
+        members[run.dataset + told, run.method, run.networks].append(run)
     for one in unusable:
         if one.identity:
             lost[one.identity[:3]].append(one)
@@ -141,6 +149,11 @@ def difference(one: Group, other: Group) -> Difference | None:
     """Top-1 of what a group ships less that of independent training, 0..1, seed by seed."""
     ours, theirs = (dict(zip(x.seeds, x.scores(x.shipped, "top1"), strict=True)) for x in (one, other))
     return paired_difference(ours, theirs)
+
+
+def _carved(run: FinishedRun) -> str:
+    data = run.config.get("data")
+    return str(data.get("validation_examples") if isinstance(data, dict) else None)
 
 
 def _number(value) -> float | None:

@@ -16,6 +16,7 @@ from ffl_jax.registry import check_choice, import_modules
 from ffl_jax.training import optimizers
 from ffl_jax.training.defaults import every_key, flatten
 from ffl_jax.training.steps import PRECISIONS
+from ffl_jax.workdir.paths import expanded
 
 # Changing these does not change what is trained, so that a run may continue with another value.
 FREE_KEYS = (
@@ -30,7 +31,7 @@ FREE_KEYS = (
         "parallel",
     ),
 )
-FREE_DATA_KEYS = ("data_dir", "manual_dir", "cache_dir", "workers", "accept_changes")
+FREE_DATA_KEYS = ("title", "data_dir", "manual_dir", "cache_dir", "workers", "accept_changes")
 # Numbers that cost time or memory before anything could be refused for its size.
 AT_MOST = {"subnetworks.num": 128, "teachers.num": 128, "teachers.generations": 128, "num_seeds": 1024}
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}
@@ -162,6 +163,12 @@ def _check_channels(key: str, values: tuple, least: float):
 def network_names(config: ConfigDict) -> list[str]:
     """The names of the K sub-networks."""
     return subnetworks.network_names(config.subnetworks.network, config.subnetworks.num)
+
+
+def dataset_title(config: ConfigDict) -> str:
+    """What the dataset is called in tables, cards and names of runs."""
+    name, place = config.data.name, config.data.data_dir
+    return config.data.title or (expanded(place).absolute().name if name == "folder" and place else name)
 
 
 def teacher_names(config: ConfigDict) -> list[str]:

@@ -73,6 +73,7 @@ def every_key(method: str) -> ConfigDict:
 def _data_keys() -> dict:
     return {
         "name": "",
+        "title": "",  # in tables, cards and names of runs; "" for the name, or the folder's
         "data_dir": "",  # folder: the root of the tree; TFDS: where datasets are prepared, "" for its default
         "manual_dir": "",  # TFDS: files downloaded by hand, to prepare without a network
         "cache_dir": "",  # decoded images; "" for the user's cache folder

@@ -289,7 +289,7 @@ class Loop:
             logging.warning("ALARM, %s, epoch %g: %s", run.folder.path, epoch, found[name])
         run.alarms = frozenset(found)
         config = self.config
-        title = f"{config.method.name} · {config.subnetworks.network} · {config.data.name}"
+        title = f"{config.method.name} · {config.subnetworks.network} · {config_lib.dataset_title(config)}"
         path = run.folder.path / "curves.png"
         names = list(test["predictions"])
         self.curves(curves.draw_curves, path, rows, title, method.headline, names, terms)

@@ -44,7 +44,7 @@ def of_run(run, costs: Costs, status: str, step: int, speeds: dict, device: str)
         "seed": config.seed,
         "method": config.method.name,
         "networks": names,
-        "dataset": config.data.name,
+        "dataset": config_lib.dataset_title(config),
         "predictors": {name: scores.get(name, {}) | one for name, one in costs.predictions.items()},
         "roles": {
             name: {"kind": role.kind, "network": None if role.network is None else names[role.network]}
