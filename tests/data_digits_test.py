@@ -14,6 +14,7 @@ CONFIG = ml_collections.ConfigDict(
         "manual_dir": "",
         "cache_dir": "",
         "validation_examples": 0,
+        "test_fraction": 0.0,
         "image_size": 0,
         "streaming": False,
         "workers": 0,

@@ -20,7 +20,13 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 def make_config(root, **settings):
     defaults = {"name": "folder", "data_dir": str(root), "manual_dir": "", "cache_dir": f"{root}_cache"}
-    defaults |= {"validation_examples": 0, "image_size": 0, "streaming": False, "workers": 0}
+    defaults |= {
+        "validation_examples": 0,
+        "test_fraction": 0.0,
+        "image_size": 0,
+        "streaming": False,
+        "workers": 0,
+    }
     return ml_collections.ConfigDict(defaults | {"crop": "pad", "mean": (), "std": ()} | settings)
 
 

@@ -12,7 +12,13 @@ from ffl_jax.errors import ConfigError, DatasetError
 
 def make_config(**settings):
     defaults = {"name": "made", "data_dir": "", "manual_dir": "", "cache_dir": ""}
-    defaults |= {"validation_examples": 0, "image_size": 0, "streaming": False, "workers": 0}
+    defaults |= {
+        "validation_examples": 0,
+        "test_fraction": 0.0,
+        "image_size": 0,
+        "streaming": False,
+        "workers": 0,
+    }
     return ml_collections.ConfigDict(defaults | {"crop": "pad", "mean": (), "std": ()} | settings)
 
 

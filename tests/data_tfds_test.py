@@ -17,12 +17,18 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from ffl_jax import data
 from ffl_jax.data import tfds as tfds_source
-from ffl_jax.errors import DatasetError, ResourceError
+from ffl_jax.errors import ConfigError, DatasetError, ResourceError
 
 
 def make_config(root, **settings):
     defaults = {"name": "made", "data_dir": str(root), "manual_dir": "", "cache_dir": f"{root}/cache"}
-    defaults |= {"validation_examples": 0, "image_size": 0, "streaming": False, "workers": 0}
+    defaults |= {
+        "validation_examples": 0,
+        "test_fraction": 0.0,
+        "image_size": 0,
+        "streaming": False,
+        "workers": 0,
+    }
     return ml_collections.ConfigDict(defaults | {"crop": "pad", "mean": (), "std": ()} | settings)
 
 
@@ -125,6 +131,34 @@ def test_grey_images_become_three_equal_channels(tmp_path):
 def test_validation_stands_in_for_test_and_features_are_found_by_type(tmp_path):
     write_dataset(tmp_path / "made/1.0.0", three_shards(test="validation"), supervised=False)
     np.testing.assert_array_equal(data.load(make_config(tmp_path)).test.images, examples(5, seed=3)[0])
+
+
+def test_validation_beside_test_is_the_validation_split(tmp_path):
+    splits = three_shards() | {"validation": [examples(6, seed=5)]}
+    write_dataset(tmp_path / "made/1.0.0", splits)
+    dataset = data.load(make_config(tmp_path))
+    np.testing.assert_array_equal(dataset.validation.labels, examples(6, seed=5)[1])
+    assert dataset.class_names == ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_training_images_alone_are_divided_when_asked_for(tmp_path, streamed):
+    splits = three_shards()
+    del splits["test"]
+    write_dataset(tmp_path / "made/1.0.0", splits)
+    with pytest.raises(DatasetError, match=r"has only train; set config\.data\.test_fraction"):
+        data.load(make_config(tmp_path))
+    if streamed:
+        settings = {"streaming": True, "image_size": 4, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        with pytest.raises(ConfigError, match="needs the labels of made before it is read"):
+            data.load(make_config(tmp_path, test_fraction=0.2, **settings))
+        return
+    dataset = data.load(make_config(tmp_path, test_fraction=0.2))
+    whole = np.concatenate([labels for _, labels in splits["train"]])
+    for label in range(3):
+        count = (whole == label).sum()
+        assert (dataset.test.labels == label).sum() == max(1, round(0.2 * count))
+        assert (dataset.train.labels == label).sum() + (dataset.test.labels == label).sum() == count
 
 
 def test_validation_stands_in_for_a_test_split_without_labels(tmp_path):

@@ -24,7 +24,8 @@ def load(config) -> Dataset:
 
     Args:
       config: the `data` section: `name`; `data_dir`, `manual_dir` and `cache_dir` (empty: the usual places);
-        `validation_examples` to set aside from the training split; `image_size` in pixels (0: as stored);
+        `validation_examples` to set aside from the training split; `test_fraction` of it to test on, where
+        the source has no test split; `image_size` in pixels (0: as stored);
         `streaming` to leave images where they are until they are needed.
 
     Raises:
@@ -35,6 +36,10 @@ def load(config) -> Dataset:
     source = base.SOURCES.get(config.name, tfds.load)
     train, test, class_names, *validation = source(config)
     given = {"train": train, "test": test} | dict(zip(("validation",), validation, strict=False))
+    if test is not None and config.test_fraction:
+        raise ConfigError(f"{config.name} has a test split: set config.data.test_fraction to 0.")
+    if test is None:
+        del given["test"]
     if len(class_names) < 2:
         raise DatasetError(
             f"{config.name} has {len(class_names)} class ({', '.join(class_names)}); 2 or more are needed."
@@ -55,7 +60,10 @@ def load(config) -> Dataset:
             f"{config.name} is always held in memory: set config.data.streaming=False and "
             "config.data.crop=pad, or choose another dataset."
         )
-    fingerprint = base.digest(*content, *class_names, str(config.validation_examples))
+    carved = [str(config.validation_examples), *([str(config.test_fraction)] if test is None else [])]
+    fingerprint = base.digest(*content, *class_names, *carved)
+    if test is None:
+        given["train"], given["test"] = _take_test(config, given["train"], class_names)
     if config.validation_examples:
         given["train"], given["validation"] = _carve(config, given["train"], class_names)
     return Dataset(config.name, class_names=class_names, fingerprint=fingerprint, **given)
@@ -105,6 +113,8 @@ def _check_settings(config):
             f"config.data.image_size={config.image_size} counts the pixels of one side, and at most "
             f"{limits.MAX_PIXELS / 1e6:.0f} million pixels are allowed in all: set it lower."
         )
+    if not 0 <= config.test_fraction < 1:
+        raise ConfigError(f"config.data.test_fraction must be in [0, 1), got {config.test_fraction}.")
     check_choice("config.data.crop", config.crop, crops.CROPS)
     if not config.streaming and config.crop != "pad":
         raise ConfigError(
@@ -144,6 +154,28 @@ def _checked(name: str, role: str, split: Split, num_classes: int) -> Split:
             f"{num_classes - 1} ({len(wrong)} such labels); correct the labels or the list of classes."
         )
     return Split(images, labels.astype(np.int32))
+
+
+def _take_test(config, train, class_names):
+    """Takes the same fraction of every class, at random, the same ones for every seed: (train, test)."""
+    if train.labels is None:
+        raise ConfigError(
+            f"config.data.test_fraction needs the labels of {config.name} before it is read: set "
+            "config.data.streaming=False."
+        )
+    generator, chosen, small = np.random.default_rng(1), np.zeros(len(train), bool), []
+    for label, name in enumerate(class_names):
+        members = np.flatnonzero(train.labels == label)
+        count = max(1, round(config.test_fraction * len(members)))
+        small += [name] if count >= len(members) else []
+        chosen[generator.permutation(members)[:count]] = True
+    if small:
+        raise DatasetError(
+            f"config.data.test_fraction={config.test_fraction} leaves no training image of "
+            f"{folder.some(small)}: set it lower, or add images."
+        )
+    logging.info("The test split is %d of the %d images.", chosen.sum(), len(chosen))
+    return train.take(~chosen), train.take(chosen)
 
 
 def _carve(config, train, class_names):

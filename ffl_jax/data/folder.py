@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ffl_jax.data import base, images, limits, records
-from ffl_jax.errors import DatasetError
+from ffl_jax.errors import ConfigError, DatasetError
 from ffl_jax.workdir.paths import expanded
 
 _LAYOUT = (
@@ -41,12 +41,15 @@ def load(config):
     """Reads `config.data_dir`; class names are the folder names, sorted, and files are sorted within a class.
 
     The first of `test`, `val`, `valid` and `validation` that has classes of `train` is the test split, and
-    where that is `test`, the next is the validation split. What is left out is said, but for hidden files and
+    where that is `test`, the next is the validation split. With `config.test_fraction` there is none of them,
+    and perhaps no `train`: see `data.load`. What is left out is said, but for hidden files and
     folders and `_LITTER`.
     """
     top = root(config, "your images", _LAYOUT)
     with readable(top), os.scandir(top) as entries:
         there = sorted(entry.name for entry in entries if entry.is_dir() and not _is_litter(entry.name))
+    if config.test_fraction:
+        return _undivided(config, top, there)
     known = {name: set(map(_composed, _folders(top / name)[0])) for name in _SPLITS if name in there}
     used = [name for name in _SPLITS[1:] if known.get(name, set()) & known.get("train", set())]
     test, *others = used or [name for name in _SPLITS[1:] if name in there][:1] or ["test"]
@@ -61,6 +64,21 @@ def load(config):
         advice = f" To use {others[0]}, set config.data.validation_examples=0." if carved else ""
         logging.warning("Folders of %s that are not used: %s.%s", top, some(unused), advice)
     return load_tree(config, top, test, _LAYOUT, validation)
+
+
+def _undivided(config, top: pathlib.Path, there: list[str]):
+    """A tree of `train/<class>/*`, or of `<class>/*` alone, whose test split is still to be taken out."""
+    others = [name for name in _SPLITS[1:] if name in there]
+    if others:
+        raise ConfigError(
+            f"config.data.test_fraction={config.test_fraction} takes a test split from the training images, "
+            f"but {top} has {some(others)}: set it to 0, or move that away."
+        )
+    split = "train" if "train" in there else "."
+    names = class_folders(top, split, _LAYOUT)
+    listed = list_files(top, [f"{split}/{name}" for name in names.values()])
+    (train,) = splits(config, top, by_class(list(listed.values())))
+    return train, None, tuple(names)
 
 
 def root(config, title: str, layout: str) -> pathlib.Path:

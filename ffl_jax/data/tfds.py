@@ -52,19 +52,21 @@ def load(config):
         raise _damaged(config.name, builder.data_dir, error) from error
     source = "\0".join((builder.info.full_name, *keys))
     source += "".join(f"{path}\0{cache.file_state(path)}\0" for one in records.values() for path in one.paths)
-    return *records_lib.splits(config, builder.info.full_name, source, records), class_names
+    splits = records_lib.splits(config, builder.info.full_name, source, records)
+    train, test, *validation = (*splits, None) if config.test_fraction else splits
+    return train, test, class_names, *validation
 
 
 def _records(config, builder, image_key: str, label_key: str) -> dict[str, "Records"]:
     """What is read of each split: `train`, `test`, perhaps `validation`. Says what is not used."""
-    candidates = {"train": ("train",), "test": ("test", "validation")}
+    candidates = {"train": ("train",)} | ({} if config.test_fraction else {"test": ("test", "validation")})
     records, unused = {}, set(builder.info.splits) - {"train"}
     for role, names in candidates.items():
         filled = [name for name in names if _num_examples(builder, name)]
         if not filled:
             raise DatasetError(
                 f"{config.name} needs a split train and a split test or validation, and has only "
-                f"{', '.join(builder.info.splits) or 'none'}; choose another dataset."
+                f"{', '.join(builder.info.splits) or 'none'}; set config.data.test_fraction to split one."
             )
         for name in filled:
             _check_files(builder, name)

@@ -81,6 +81,7 @@ def _data_keys() -> dict:
         "accept_changes": False,  # True: a run continues with a dataset whose images have changed
         "streaming": False,  # True: read and decode on demand, for datasets that do not fit in memory
         "workers": min(32, max(1, (os.cpu_count() or 2) - 1)),  # streaming: processes; 0: this one
+        "test_fraction": 0.0,  # of the training images of each class, where there is no test split
         "validation_examples": 0,  # carved from the training split; the best epoch is chosen on them
         "crop": "pad",  # then cut at random places; or resized: random parts, streaming only
         "pad": 4,

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from configs import folder as config_folder
 from ffl_jax import data, doctor, main
 from ffl_jax.data import cache, images, limits
-from ffl_jax.errors import CheckpointError, DatasetError, FFLError
+from ffl_jax.errors import CheckpointError, ConfigError, DatasetError, FFLError
 from ffl_jax.training.experiment import Experiment, check_belongs, run_record
 
 FLIPS = 500 if os.environ.get("FFL_LONG_FAULTS") else 15
@@ -278,6 +278,36 @@ def test_val_beside_an_unlabelled_test_is_the_test_split(root, caplog):
     assert len(data.load(make_config(root)).test) == 4
     assert f"The test split is {root}/val" in caplog.text
     assert "not used: test." in caplog.text
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_classes_that_nobody_has_divided(root, flat, streamed, caplog):
+    """A fourth of each class, the same at every start; no image is in both splits."""
+    shutil.rmtree(root / "test")
+    for name in ("ant", "bee") if flat else ():
+        (root / "train" / name).rename(root / name)
+    if flat:
+        (root / "train").rmdir()
+    settings = {"test_fraction": 0.25} | (STREAMED if streamed else {})
+    first, second = (data.load(make_config(root, **settings)) for _ in range(2))
+    assert (len(first.train), len(first.test), first.class_names) == (6, 2, ("ant", "bee"))
+    assert sorted(first.test.labels) == [0, 1]
+    assert first.fingerprint == second.fingerprint
+    assert first.fingerprint != data.load(make_config(root, **settings | {"test_fraction": 0.5})).fingerprint
+    if streamed:
+        assert sorted([*first.train.positions, *first.test.positions]) == list(range(8))
+    with pytest.raises(DatasetError, match="leaves no training image of ant, bee"):
+        data.load(make_config(root, **settings | {"test_fraction": 0.9}))
+
+
+def test_a_test_split_is_not_taken_where_there_is_one(root):
+    with pytest.raises(ConfigError, match=r"takes a test split .* has test: set it to 0"):
+        data.load(make_config(root, test_fraction=0.25))
+    with pytest.raises(ConfigError, match="digits has a test split"):
+        data.load(make_config(root, name="digits", test_fraction=0.25))
+    with pytest.raises(ConfigError, match=r"must be in \[0, 1\), got 20"):
+        data.load(make_config(root, test_fraction=20.0))
 
 
 def test_a_class_that_loses_over_half_is_named(root, caplog):
