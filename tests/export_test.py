@@ -177,7 +177,8 @@ def architecture(name, **settings):
 def made(name, prediction, **settings):
     """(function, its random variables, images of 8x8) of one prediction of a method."""
     card = {"architecture": architecture(name, **settings), "predictor": prediction, "image_size": [8, 8]}
-    function, shapes = predictor.build(card | {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]})
+    channels = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
+    function, shapes = predictor.build({"modules": []} | card | channels)
     images = np.random.default_rng(0).integers(256, size=(3, 8, 8, 3)).astype(np.uint8)
     return function, conftest._draw(shapes), images
 
