@@ -24,13 +24,14 @@ from ffl_jax.workdir import checkpoint, curves
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def command(module: str) -> tuple[str, str]:
+def command(module: str, more: str = "pass") -> tuple[str, str]:
     """`-m ffl_jax.MODULE` for `Commands`, where the networks below are known; its log is its own."""
-    own = "import conftest, logging; logging.root.handlers.clear()"
+    own = f"import conftest, logging; logging.root.handlers.clear(); {more}"
     return "-c", f"{own}; from ffl_jax import cli, {module}; cli.run({module}.command)"
 
 
 MAIN = command("main")
+UNDRAWN = command("main", "conftest.curves.draw_curves = lambda *_, **__: None")  # pictures take seconds
 # Compiling takes longer than running here, so little is optimised, programs are not cut into pieces for many
 # cores, and loops are fused in jax 0.10's old way, which takes half the time. {option: (here, as users have
 # it)}

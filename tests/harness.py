@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from conftest import draw_model, first_state
 
@@ -29,9 +28,7 @@ def configuration(name, kind):
     if methods.METHODS[name].num[1] == 1 and len(networks) == 1:
         num = 1
     names = "tiny" if len(networks) == 1 else "+".join((networks * num)[:num])
-    config.subnetworks = ml_collections.ConfigDict(
-        {"network": names, "num": num, "shared_stages": shared_stages, "execution": execution}
-    )
+    config.subnetworks.update(network=names, num=num, shared_stages=shared_stages, execution=execution)
     if "teachers" in config:
         config.teachers.update({"network": "tiny+tiny_wide", "num": 2})
     return config

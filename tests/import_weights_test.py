@@ -456,8 +456,7 @@ def test_a_leader_becomes_a_run_that_can_be_scored(tmp_path, capsys):
     workdir = tmp_path / "run"
     arguments = ("--source=ffsd", f"--input={tmp_path}/leader.npz", f"--workdir={workdir}", "--config.seed=3")
     (tmp_path / "students.py").write_text(
-        "from configs import digits\n\ndef get_config(arg=None):\n    config = digits.get_config()\n"
-        "    config.teachers = {'network': 'resnet8', 'num': 1}\n    return config\n"
+        "from configs import digits\n\ndef get_config(arg=None):\n    return digits.get_config('method=kd')\n"
     )
     convert(*arguments, f"--config={tmp_path}/students.py")
     assert capsys.readouterr().out.splitlines() == [

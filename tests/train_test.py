@@ -13,7 +13,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import MAIN, command
+from conftest import MAIN, UNDRAWN, command
 
 from configs import digits
 from ffl_jax import data, errors, evaluate
@@ -37,15 +37,15 @@ SETTINGS = (
 STEPS = 2 * 45  # ceil(1427 / 32) = 45
 
 
-def arguments(workdir):
-    return (*MAIN, "--config=configs/digits.py:network=tiny", f"--workdir={workdir}", *SETTINGS)
+def arguments(workdir, main=UNDRAWN):
+    return (*main, "--config=configs/digits.py:network=tiny", f"--workdir={workdir}", *SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def reference(commands, tmp_path_factory):
     """The run that was never stopped."""
     workdir = tmp_path_factory.mktemp("reference")
-    commands.run(*arguments(workdir))
+    commands.run(*arguments(workdir, MAIN))
     return workdir
 
 
@@ -197,7 +197,8 @@ def test_signal_before_training(commands, tmp_path, seconds):
 
 
 def test_continues_on_another_number_of_devices(commands, tmp_path):
-    flags = ("-m", "ffl_jax.main", f"--workdir={tmp_path}", "--config.optimizer.schedule=constant")
+    config = ("--config=configs/digits.py:network=tiny", "--config.optimizer.schedule=constant")
+    flags = (*UNDRAWN, *config, f"--workdir={tmp_path}")
     commands.run(*flags, "--config.epochs=1", devices=4)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     result = commands.run(*flags, "--config.epochs=2", devices=2)

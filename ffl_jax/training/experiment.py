@@ -216,7 +216,8 @@ def _dataset_change(stored: dict, experiment: Experiment) -> tuple[str, bool]:
         f"dataset: fingerprint {stored['fingerprint'][:12]} ({stored['train_examples']} training examples) "
         f"in the checkpoint, {dataset.fingerprint[:12]} ({len(dataset.train)}) now"
     )
-    if stored["class_names"] != list(dataset.class_names):
+    names = list(dataset.class_names)
+    if stored.get("class_names", names) != names:
         return f"{change}, with other classes", False
     if experiment.config.data.accept_changes:
         return change, True

@@ -68,7 +68,7 @@ def of_run(run, costs: Costs, status: str, step: int, speeds: dict, device: str)
 
 def repeats(stored: dict, run, step: int) -> bool:
     """Whether `stored` is what `of_run` gave of a completed run, as far as the run's checkpoint tells."""
-    scores = run.scores["test"]["predictions"]
+    scores = run.scores.get("test", {}).get("predictions", {})
     known = {"status": "completed", "step": step, "seed": run.experiment.config.seed, "best": run.best}
     there = {*known, "predictors", "reliability", "diversity", "training", "images_per_second", "deploy"}
     predictors = stored.get("predictors")

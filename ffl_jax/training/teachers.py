@@ -17,6 +17,7 @@ from ffl_jax.data import Dataset, Split, resident
 from ffl_jax.errors import CheckpointError, ConfigError
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import config_file
+from ffl_jax.training.defaults import stretch
 from ffl_jax.training.experiment import RUN_FORMAT, Experiment, resolve
 from ffl_jax.training.steps import TrainState
 from ffl_jax.workdir import checkpoint
@@ -81,7 +82,7 @@ def teacher_config(config: ConfigDict, index: int) -> ConfigDict:
     teacher.parallel.update(subnetworks=1, seeds=1)
     if config.teachers.epochs not in (0, config.epochs):
         teacher.epochs = config.teachers.epochs
-        teacher.optimizer = config_lib.stretch(config.optimizer.to_dict(), teacher.epochs, config.epochs)
+        teacher.optimizer = stretch(config.optimizer.to_dict(), teacher.epochs, config.epochs)
     if config.teachers.generations > 1:
         teacher.teachers.generations = config.teachers.generations - 1
         teacher.teachers.runs = ()
