@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 # What programs of users import from here lies in the rooms, and is loaded when it is asked for.
 _PUBLIC = {
     "train": "training.loop",

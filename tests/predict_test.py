@@ -19,6 +19,7 @@ from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 TRAINING = {
     *("optax", "chex", "orbax", "ml_collections", "tensorflow_datasets", "array_record", "grain", "sklearn"),
     *("tqdm", "matplotlib", "tensorboardX", "onnx"),
+    *("fcntl", "resource"),  # of the standard library, and not on Windows
 }
 MISSING = {
     "stablehlo": TRAINING | {"flax", "safetensors", "onnxruntime"},
