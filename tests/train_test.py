@@ -183,17 +183,20 @@ def test_signals_save_and_end_with_75(commands, reference, tmp_path):
     assert_same_run(tmp_path, reference)
 
 
-@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0, 3.0])
-def test_signal_before_training(commands, tmp_path, seconds):
+@pytest.mark.parametrize(
+    ("seconds", "number"),
+    [(0.3, signal.SIGTERM), (1.0, signal.SIGHUP), (2.0, signal.SIGINT), (3.0, signal.SIGTERM)],
+)
+def test_signal_before_training(commands, tmp_path, seconds, number):
     """While importing, loading data or compiling; what was compiling is saved at its first steps."""
     process = commands.start(*arguments(tmp_path))
     time.sleep(seconds)
-    process.terminate()
+    process.send_signal(number)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode in (75, -signal.SIGTERM), errors  # the latter before our first line ran
+    assert process.returncode in (75, -number), errors  # the latter before our first line ran
     assert "Traceback" not in errors
     if process.returncode == 75:
-        assert errors.splitlines()[-1].startswith("error: stopped by SIGTERM")
+        assert errors.splitlines()[-1].startswith(f"error: stopped by {number.name}")
 
 
 def test_continues_on_another_number_of_devices(commands, tmp_path):
