@@ -328,9 +328,7 @@ def _set_aside(folder: Path) -> None:
     with _resource_errors(folder.parent):
         target = folder.parent / "quarantine" / folder.name
         files.make_folder(target.parent)
-        while os.path.lexists(target):
-            target = target.with_name(target.name + "_")
-        os.rename(folder, target)
+        os.rename(folder, files.free_name(target))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Files of a run that are replaced whole, and read whatever they hold."""
 
+import itertools
 import json
 import logging
 import os
@@ -60,10 +61,14 @@ def make_folder(path: Path):
     path.mkdir(parents=True, exist_ok=True)
 
 
+def free_name(path: Path) -> Path:
+    """The path itself, or with the first number behind it that nothing has."""
+    others = (path.with_name(f"{path.name}_{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], others) if not os.path.lexists(name))
+
+
 def set_aside(path: Path):
     """Renames what is damaged to `NAME.damaged`, and says so."""
-    target = path.with_name(f"{path.name}.damaged")
-    while os.path.lexists(target):
-        target = target.with_name(target.name + "_")
+    target = free_name(path.with_name(f"{path.name}.damaged"))
     os.rename(path, target)
     logging.warning("%s is damaged: it is kept as %s and made anew.", path, target.name)

@@ -4,6 +4,7 @@ FFL_LONG_FAULTS=1 python -m pytest tests/faults/exports_test.py does the long pa
 cuts and odd cards.
 """
 
+import copy
 import importlib
 import io
 import json
@@ -403,9 +404,9 @@ def mutated(rng):
         if rng.random() < 0.3:
             del here[place]
         elif rng.random() < 0.2 and isinstance(here, dict):
-            here[f"{place}2"] = inner
+            here[f"{place}2"] = copy.deepcopy(inner)
         else:
-            here[place] = odd[rng.integers(len(odd))]
+            here[place] = copy.deepcopy(odd[rng.integers(len(odd))])
         if not card:
             break
     return json.dumps(card)
@@ -544,6 +545,8 @@ def test_standard_input(model, tmp_path, capsys, monkeypatch, stdin, words):
         stdin = (tmp_path / "image").open()
     monkeypatch.setattr(sys, "stdin", stdin)
     lines, errors, error = run(capsys, f"--model={model}", "--json", "-")
+    if stdin:
+        stdin.close()
     assert (lines, len(errors), error.exit_code) == ([], 1, 3)
     assert words in errors[0]
 
