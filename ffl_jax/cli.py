@@ -117,8 +117,11 @@ def run(command: Callable[[list[str]], None], huge_pages: bool = False, answers:
             traceback.print_exc()
         print(f"error: {' '.join(str(refusal).split())}", file=sys.stderr, flush=True)
         code = refusal.exit_code
-        if code != Preempted.exit_code and _is_one_of_several():
-            os._exit(code)  # Else JAX waits for the other processes, which cannot go on.
+        # Else JAX waits for the other processes, which cannot go on, and Orbax, after a save that failed, for
+        # its own threads.
+        if code == ResourceError.exit_code or (code != Preempted.exit_code and _is_one_of_several()):
+            sys.stdout.flush()
+            os._exit(code)
     sys.exit(code)
 
 

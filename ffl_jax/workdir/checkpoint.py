@@ -12,7 +12,6 @@ alone, and that one waits for ever (seen on 0.12.8). Both read what either wrote
 One process writes, under `lock.Lock`.
 """
 
-import atexit
 import contextlib
 import functools
 import json
@@ -60,10 +59,8 @@ class Checkpoints:
         # Not a bare thread: in Python 3.11 its `join`, once a signal handler raised there, waits no more.
         self._worker = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         _quieten()
-        # For a program that forgets to close. Python stops all thread pools before this, Orbax's too, and a
-        # save still going on then fails: this says so, and the step before is there. No exit of a program
-        # that uses `with` comes here: exceptions and sys.exit close first, and os._exit runs nothing at all.
-        atexit.register(self.close)
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="checkpoint watch").start()
 
     def save(self, step: int, state: Any, run: dict, replace: bool = False) -> None:
         """Starts to save a step; returns when its arrays are copied.
@@ -100,7 +97,7 @@ class Checkpoints:
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self.close)
+        self._ended.set()
         try:
             self.wait()
         finally:
@@ -108,6 +105,24 @@ class Checkpoints:
             with contextlib.suppress(FFLError):  # else another run saves there now
                 self._guard()
                 shutil.rmtree(self._incoming, ignore_errors=True)
+
+    def _watch(self) -> None:
+        """Ends a program that forgot to close.
+
+        Python stops all thread pools when the main thread ends, Orbax's too. A save still going on then
+        fails, and leaves threads behind that wait ten minutes for what will not come: this says so, and the
+        step before is there. No program that uses `with` comes here: exceptions and sys.exit close first.
+        """
+        while not self._ended.wait(0.2):
+            if not threading.main_thread().is_alive():
+                try:
+                    self.close()
+                except Exception as failure:
+                    sys.stderr.write(
+                        f"error: Checkpoints.close was not called, and a save failed: {failure}\n"
+                    )
+                    sys.stderr.flush()
+                    os._exit(1)
 
     def __enter__(self) -> "Checkpoints":
         return self
