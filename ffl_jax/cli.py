@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -118,8 +119,11 @@ def run(command: Callable[[list[str]], None], huge_pages: bool = False, answers:
         print(f"error: {' '.join(str(refusal).split())}", file=sys.stderr, flush=True)
         code = refusal.exit_code
         # Else JAX waits for the other processes, which cannot go on, and Orbax, after a save that failed, for
-        # its own threads.
-        if code == ResourceError.exit_code or (code != Preempted.exit_code and _is_one_of_several()):
+        # threads of its own.
+        left = [thread for thread in threading.enumerate() if not thread.daemon]
+        if (code == ResourceError.exit_code and len(left) > 1) or (
+            code != Preempted.exit_code and _is_one_of_several()
+        ):
             sys.stdout.flush()
             os._exit(code)
     sys.exit(code)

@@ -41,7 +41,6 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None 
         is saved.
     """
     config_lib.check(config)
-    logging.info("Learning rate: %s", optimizers.course(config.optimizer, config.epochs))
     parallel = Parallel(**config.parallel, num_seeds=config.num_seeds)
     parallel.check_batch_size(config.batch_size, config.accumulate)
     workdir = Path(workdir).absolute()
@@ -68,6 +67,7 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None 
             return runs.stored_summary(step)
         if processes.is_first():
             runs.check_space()
+        logging.info("Learning rate: %s", optimizers.course(config.optimizer, config.epochs))
         cost.tell_memory(experiment, parallel)
         return Loop(runs, parallel, step, locks).train(states)
 
