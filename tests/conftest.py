@@ -10,6 +10,7 @@ import sys
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
@@ -18,6 +19,7 @@ from ffl_jax import data
 from ffl_jax.models import NETWORKS, Network
 from ffl_jax.models.base import batch_norm, conv
 from ffl_jax.training import steps
+from ffl_jax.training.defaults import every_key
 from ffl_jax.training.experiment import Experiment, run_record
 from ffl_jax.workdir import checkpoint, curves
 
@@ -71,6 +73,26 @@ NETWORKS.register("tiny")(Tiny)
 NETWORKS.register("tiny_wide")(
     functools.partial(Tiny, width=6, strides=(1, 2, 1))
 )  # 8x8: ends at 4x4, not 2x2
+
+
+def data_section(**settings) -> ml_collections.ConfigDict:
+    """The `data` section of a configuration: defaults, read in this process, and `settings` of any type."""
+    section = every_key("independent").data.to_dict()
+    return ml_collections.ConfigDict(section | {"workers": 0} | settings)
+
+
+def assert_same_lines(actual, expected, images):
+    """Rows of two logs agree but for rounding, by which one image of a split may change sides.
+
+    Args: images: {split: how many a row counts at least}.
+    """
+    assert len(actual) == len(expected) > 6
+    for line, wanted in zip(actual, expected, strict=True):
+        assert line.keys() == wanted.keys()
+        assert (line["step"], line["split"]) == (wanted["step"], wanted["split"])
+        for name in wanted.keys() - {"step", "split", "epoch"}:
+            atol = 1.01 / images[line["split"]] if name.endswith(("top1", "top5", "ece")) else 2e-4
+            np.testing.assert_allclose(line[name], wanted[name], rtol=2e-4, atol=atol, err_msg=name)
 
 
 def draw_variables(module, inputs):

@@ -6,9 +6,9 @@ import shutil
 import struct
 import zlib
 
-import ml_collections
 import numpy as np
 import pytest
+from conftest import data_section
 from PIL import Image
 
 from ffl_jax import data
@@ -19,15 +19,7 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
 def make_config(root, **settings):
-    defaults = {"name": "folder", "data_dir": str(root), "manual_dir": "", "cache_dir": f"{root}_cache"}
-    defaults |= {
-        "validation_examples": 0,
-        "test_fraction": 0.0,
-        "image_size": 0,
-        "streaming": False,
-        "workers": 0,
-    }
-    return ml_collections.ConfigDict(defaults | {"crop": "pad", "mean": (), "std": ()} | settings)
+    return data_section(**{"name": "folder", "data_dir": str(root), "cache_dir": f"{root}_cache"} | settings)
 
 
 def save(path, colour, size=(6, 4)):
@@ -249,6 +241,7 @@ def test_cmyk_jpeg_becomes_rgb(inks, expected):
     inverted = encode(Image.new("CMYK", (8, 8), tuple(255 - ink for ink in inks)), "JPEG", quality=100)
     for encoded in (adobe, jpeg_without_adobe(inverted)):
         decoded = base.decode_image(encoded).astype(int)
+        # A grey level of 255, by which JPEG rounds.
         np.testing.assert_allclose(decoded, np.broadcast_to(expected, (8, 8, 3)), atol=1)
 
 

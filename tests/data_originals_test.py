@@ -13,8 +13,8 @@ import threading
 import numpy as np
 import pytest
 import scipy.io
+from conftest import data_section
 
-from configs import common
 from ffl_jax import data
 from ffl_jax.data import cifar, originals
 from ffl_jax.errors import DatasetError
@@ -30,9 +30,7 @@ CIFAR100 = {"train": slice(0, 10), "test": slice(10, 12)}
 
 
 def config(name, data_dir="", **changes):
-    section = common.get_config("method=ffl,network=resnet8").data
-    section.update(name=name, data_dir=str(data_dir), **changes)
-    return section
+    return data_section(name=name, data_dir=str(data_dir), **changes)
 
 
 def by_python_2(rows: np.ndarray, key: bytes, labels) -> bytes:

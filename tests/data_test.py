@@ -1,9 +1,9 @@
 import dataclasses
 import logging
 
-import ml_collections
 import numpy as np
 import pytest
+from conftest import data_section
 
 from ffl_jax import data
 from ffl_jax.data import base, cache
@@ -11,15 +11,7 @@ from ffl_jax.errors import ConfigError, DatasetError
 
 
 def make_config(**settings):
-    defaults = {"name": "made", "data_dir": "", "manual_dir": "", "cache_dir": ""}
-    defaults |= {
-        "validation_examples": 0,
-        "test_fraction": 0.0,
-        "image_size": 0,
-        "streaming": False,
-        "workers": 0,
-    }
-    return ml_collections.ConfigDict(defaults | {"crop": "pad", "mean": (), "std": ()} | settings)
+    return data_section(**{"name": "made"} | settings)
 
 
 @pytest.fixture

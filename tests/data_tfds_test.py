@@ -7,11 +7,11 @@ import shutil
 import sys
 import types
 
-import ml_collections
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
+from conftest import data_section
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -21,15 +21,7 @@ from ffl_jax.errors import ConfigError, DatasetError, ResourceError
 
 
 def make_config(root, **settings):
-    defaults = {"name": "made", "data_dir": str(root), "manual_dir": "", "cache_dir": f"{root}/cache"}
-    defaults |= {
-        "validation_examples": 0,
-        "test_fraction": 0.0,
-        "image_size": 0,
-        "streaming": False,
-        "workers": 0,
-    }
-    return ml_collections.ConfigDict(defaults | {"crop": "pad", "mean": (), "std": ()} | settings)
+    return data_section(**{"name": "made", "data_dir": str(root), "cache_dir": f"{root}/cache"} | settings)
 
 
 def examples(count, channels=3, size=(5, 4), seed=0):

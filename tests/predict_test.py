@@ -51,8 +51,6 @@ def models(tmp_path_factory):
     card, variables = exporting.describe(restored)
     files = {}
     for name in deployment.FORMATS:
-        if name == "onnx" and not importlib.util.find_spec("onnx"):
-            continue
         files[name] = folder / "no ending" / name
         files[name].parent.mkdir(exist_ok=True)
         module = importlib.import_module(f"ffl_jax.deployment.{name}")
@@ -80,8 +78,6 @@ def images(models, tmp_path_factory):
 def test_predict_needs_no_more_than_it_says(commands, models, images, name):
     """Every image once, in batches of two, by classes and probabilities of the checkpoint's logits."""
     files, _, logits = models
-    if name not in files:
-        pytest.skip("onnx is not installed")
     folder, paths = images
     arguments = (f"--model={files[name]}", folder, "--json", "--top=3", "--batch_size=2")
     result = commands.run("-c", WITHOUT, ",".join(MISSING[name]), *arguments, code=3)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ffl_jax.data.limits import MAX_FILE_BYTES, MAX_PIXELS, MAX_TEXT_BYTES
 from ffl_jax.errors import DatasetError, FFLError, ResourceError
+from ffl_jax.workdir import files
 
 # Likely ones first. None runs a program, as EPS does, or is a mere stub.
 _FORMATS = (
@@ -64,12 +65,8 @@ def read_file(path: str | os.PathLike, limit: int = MAX_FILE_BYTES) -> bytes:
       OSError: it cannot be read.
       DatasetError: it is no regular file, or too large.
     """
-    state = os.stat(path)
-    check_regular(path, state, limit)
-    if not state.st_size:  # some of /proc say 0, and wait or never end
-        return b""
-    with open(path, "rb") as file:
-        return file.read(state.st_size)
+    check_regular(path, os.stat(path), limit)
+    return files.read_bytes(path, limit)
 
 
 @contextlib.contextmanager

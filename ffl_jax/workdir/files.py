@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict:
     return values if isinstance(values, dict) else {}
 
 
-def read_bytes(path: Path, most: int = _LARGEST) -> bytes:
+def read_bytes(path: str | os.PathLike, most: int = _LARGEST) -> bytes:
     """The content of a plain file; OSError for all else, above all for a pipe, which would be waited for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
@@ -45,7 +45,7 @@ def read_bytes(path: Path, most: int = _LARGEST) -> bytes:
             raise OSError(f"{path} is not a plain file")
         if status.st_size > most:
             raise OSError(f"{path} has {status.st_size} bytes, which no such file has")
-        return file.read()
+        return file.read(status.st_size)  # some of /proc say 0, and wait or never end
 
 
 def make_way(path: Path):
