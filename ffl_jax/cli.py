@@ -32,6 +32,10 @@ def new_flags() -> flags.FlagValues:
     return values
 
 
+class HelpShown(SystemExit):
+    """The command was asked for no more than its usage."""
+
+
 class _Outlet(io.FileIO):
     """Standard output or error that never fails: once it cannot be written, what is written goes nowhere.
 
@@ -103,8 +107,12 @@ def run(command: Callable[[list[str]], None], huge_pages: bool = False, answers:
     try:
         try:
             command(sys.argv)
-        except SystemExit:  # --help
+        except HelpShown:
             answers = True
+        except SystemExit as end:  # of a user's own module, say: what was to be done is not
+            raise ConfigError(
+                f"a module called sys.exit({end.code!r}): only the command ends itself."
+            ) from end
         sys.stdout.flush()
         if answers and output and output.error and output.error.errno != errno.EPIPE:
             raise ResourceError(
@@ -200,7 +208,7 @@ def parse(
     if any(argument in ("--help", "-help", "-h") for argument in argv[1:]):
         described = "\n".join(f"  --{name}: {values[name].help}" for name in sorted(values))
         print(f"{usage.strip()}\n\nFlags:\n{described}")
-        sys.exit(0)
+        raise HelpShown(0)
     values.set_gnu_getopt(arguments)
     rest = (_parse_config(values, argv) if config else values(argv))[1:]
     if rest and not arguments:
@@ -221,9 +229,10 @@ def _parse_config(values, argv):
             given.append(value if equals else "".join(argv[position + 1 : position + 2]))
             del argv[position : position + (1 if equals else 2)]
         elif name == "--config.modules":  # before a preset may name what they register
-            modules = tuple(re.findall(r"[\w.]+", value))
+            last = position + (1 if equals else 2)
+            modules = tuple(re.findall(r"[\w.]+", value if equals else "".join(argv[position + 1 : last])))
             import_modules(modules)
-            argv[position] = f"{name}={modules!r}"
+            argv[position:last] = [f"{name}={modules!r}"]
     config = config_file.read(given[0] if given else "configs/digits.py")
     known = config_lib.flatten(config.to_dict())
     try:

@@ -32,7 +32,7 @@ def import_modules(names: Iterable[str]):
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"config.modules: {name!r} cannot be imported ({type(error).__name__}: {error}): start in "
                 "its folder, or name that in PYTHONPATH."

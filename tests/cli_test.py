@@ -56,3 +56,10 @@ def test_only_what_trains_begins_anew_and_any_terminal_will_do(huge_pages, expec
     script += f"cli.run(lambda argv: print('97.1 ± 0.2 – \\udcff'), huge_pages={huge_pages})"
     result = commands.run("-c", script, env={"PYTHONIOENCODING": "ascii"})
     assert result.stdout == expected + "97.1 \\xb1 0.2 \\u2013 \\udcff\n"
+
+
+@pytest.mark.parametrize("code", [0, 1, "bye"])
+def test_who_else_ends_the_process_is_no_success(code, commands):
+    script = f"import sys; from ffl_jax import cli; cli.run(lambda argv: sys.exit({code!r}))"
+    result = commands.run("-c", script, code=2)
+    assert result.stderr == f"error: a module called sys.exit({code!r}): only the command ends itself.\n"

@@ -71,6 +71,7 @@ METHODS.register("mine")(type("Mine", (DML,), {"__module__": __name__}))
 )
 def test_a_module_of_ones_own(modules, code, text, commands, tmp_path):
     (tmp_path / "mything.py").write_text(METHOD)
-    arguments = ("--config=configs/digits.py:method=mine,network=resnet8", f"--config.modules={modules}")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
+    arguments = ("--config=configs/digits.py:method=mine,network=resnet8", "--config.modules", modules)
     result = commands.run("-m", "ffl_jax.doctor", *arguments, code=code, cwd=tmp_path)
     assert text in result.stdout + result.stderr
