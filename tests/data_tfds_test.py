@@ -136,6 +136,10 @@ def test_validation_beside_test_is_the_validation_split(tmp_path):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_training_images_alone_are_divided_when_asked_for(tmp_path, streamed):
     splits = three_shards()
+    write_dataset(tmp_path / "made/1.0.0", splits)
+    with pytest.raises(ConfigError, match=r"takes a test split .* but made has test: set it to 0"):
+        data.load(make_config(tmp_path, test_fraction=0.2))
+    shutil.rmtree(tmp_path / "made")
     del splits["test"]
     write_dataset(tmp_path / "made/1.0.0", splits)
     with pytest.raises(DatasetError, match=r"has only train; set config\.data\.test_fraction"):

@@ -59,7 +59,15 @@ def load(config):
 
 def _records(config, builder, image_key: str, label_key: str) -> dict[str, "Records"]:
     """What is read of each split: `train`, `test`, perhaps `validation`. Says what is not used."""
-    candidates = {"train": ("train",)} | ({} if config.test_fraction else {"test": ("test", "validation")})
+    candidates = {"train": ("train",), "test": ("test", "validation")}
+    there = [name for name in candidates["test"] if _num_examples(builder, name)]
+    if config.test_fraction and there:
+        raise ConfigError(
+            f"config.data.test_fraction={config.test_fraction} takes a test split from the training images, "
+            f"but {config.name} has {', '.join(there)}: set it to 0."
+        )
+    if config.test_fraction:
+        del candidates["test"]
     records, unused = {}, set(builder.info.splits) - {"train"}
     for role, names in candidates.items():
         filled = [name for name in names if _num_examples(builder, name)]
@@ -297,7 +305,8 @@ def _prepare(builder, config):
         tf.config.set_visible_devices([], "GPU")  # The accelerator's memory is for training.
         downloader.MAX_RETRIES = 5  # Ten, its default, take over three minutes to notice a missing network.
         download_config = tfds.download.DownloadConfig(
-            manual_dir=config.manual_dir and os.fspath(expanded(config.manual_dir)), try_download_gcs=False
+            manual_dir=os.fspath(expanded(config.manual_dir)) if config.manual_dir else None,
+            try_download_gcs=False,
         )
         builder.download_and_prepare(download_config=download_config, file_format="array_record")
     except Exception as error:
