@@ -11,6 +11,7 @@ the first axis alone.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,7 @@ class Parallel:
         subnetworks: int = 1,
         seeds: int = 1,
         num_seeds: int = 1,
+        devices: Sequence | None = None,
     ):
         """Raises ConfigError where the devices do not divide so.
 
@@ -134,9 +136,11 @@ class Parallel:
           num_devices: 0 uses every visible device.
           subnetworks, seeds: over how many devices the sub-networks of a run, and the runs, are spread.
           num_seeds: how many runs a program holds.
+          devices: in place of the visible ones, such as those of a machine that is only compiled for.
         """
         check_choice("parallel.mode", mode, MODES)
-        available, processes = jax.device_count(), jax.process_count()
+        devices = jax.devices() if devices is None else devices
+        available, processes = len(devices), jax.process_count()
         if not 0 <= num_devices <= available or (processes > 1 and num_devices not in (0, available)):
             wanted = f"1..{available}, or to 0 for all" if processes == 1 else "0: several processes use all"
             raise ConfigError(
@@ -164,7 +168,7 @@ class Parallel:
         self.shares = self.num_devices // columns
         # Sorted by process, so that each has a contiguous part of the mesh, and of every batch.
         self.seeds, self._subnetworks = seeds, subnetworks
-        devices = sorted(jax.devices(), key=lambda device: device.process_index)[: self.num_devices]
+        devices = sorted(devices, key=lambda device: device.process_index)[: self.num_devices]
         self._all_devices = devices
         self.devices = [device for device in devices if device.process_index == jax.process_index()]
         # Not `jax.make_mesh`: its axes are of another type than those of pmap's results, and a program
@@ -212,16 +216,20 @@ class Parallel:
 
     def fetch(self, tree):
         """What `place` was given, or a program gave, as arrays of their own on one device of this process."""
-        if self.mode == "pmap":
-            return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+        return _first(self._local(tree)) if self.mode == "pmap" else _copies(self._local(tree))
+
+    def _local(self, tree):
+        """Its arrays on one device of this process; under pmap they have an axis of one device."""
 
         def get(x):
+            if self.mode == "pmap":
+                return x.addressable_shards[0].data
             # An array over several processes cannot be fetched: of this one's shards another array is made,
             # which is whole, for each process has whole runs.
             sharding = NamedSharding(self._local_mesh, x.sharding.spec)
             shards = [shard.data for shard in x.addressable_shards]
             here = jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
-            return jnp.copy(jax.device_put(here, self.devices[0]))
+            return jax.device_put(here, self.devices[0])
 
         return jax.tree.map(get, tree)
 
@@ -229,8 +237,7 @@ class Parallel:
         """Puts one tree for each run on the devices, as an `OWN` argument."""
         trees = list(trees)
         assert len(trees) == self.num_seeds, f"{len(trees)} trees for {self.num_seeds} runs"
-        joined = trees[0] if self.num_seeds == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-        return self.place(joined, OWN)
+        return self.place(trees[0] if self.num_seeds == 1 else _stacked(trees), OWN)
 
     def repeat(self, tree):
         """Puts the same tree on the devices for every run, as an `OWN` argument."""
@@ -239,9 +246,7 @@ class Parallel:
     def fetch_runs(self, tree) -> list:
         """`fetch` of what is `OWN`: one tree for each run."""
         fetched = self.fetch(tree)
-        if self.num_seeds == 1:
-            return [fetched]
-        return [jax.tree.map(lambda leaf, k=k: leaf[k], fetched) for k in range(self.num_seeds)]
+        return [fetched] if self.num_seeds == 1 else _apart(fetched, self.num_seeds)
 
     def map(self, function, arguments: tuple, results=OWN, donate: tuple[int, ...] = ()):
         """Compiles a function of one run on one device, for all runs and all devices.
@@ -323,12 +328,35 @@ class Parallel:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             data = self._put(kind, jax.random.key_data(x), spec)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        # Donated memory must be nobody else's.
-        x = jnp.array(x, copy=True)  # device_put alone shares the memory where it can
+        # Donated memory must be nobody else's; nothing is compiled for this, shape by shape.
         if pmap:  # which wants the copies along a leading axis
-            x = jnp.broadcast_to(x[None], (len(self.devices), *x.shape))
-        if pmap or jax.process_count() == 1:
-            return jax.device_put(x, sharding)
+            x = np.asarray(x)[None]
+            copies = [jax.device_put(x, device, may_alias=False) for device in self.devices]
+            shape = (len(copies), *x.shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, sharding, copies)
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding, may_alias=False)
         # Every process gives all of it, and JAX takes what its devices hold.
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index]))
+
+
+# Of whole trees: leaf by leaf they would be a program for each shape.
+@jax.jit
+def _first(tree):
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+@jax.jit
+def _copies(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+@jax.jit
+def _stacked(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _apart(tree, num):
+    return [jax.tree.map(lambda leaf, k=k: leaf[k], tree) for k in range(num)]

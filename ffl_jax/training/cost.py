@@ -29,6 +29,7 @@ def prediction_costs(method, variables, image_shape) -> dict[str, dict[str, int]
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     method = vectorized(method, False)  # so that what a prediction does not need falls away
 
+    @functools.partial(jax.jit, inline=True)  # which is traced once for all predictions
     def predictions(variables, images):
         return method.predictions(method.apply(variables, images, train=False))
 

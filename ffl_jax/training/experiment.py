@@ -90,7 +90,7 @@ class Experiment:
 
     def initial_state(self) -> steps.TrainState:
         """The state before the first step, on one device."""
-        return jax.jit(functools.partial(self._init, jax.random.key(self.config.seed)))()
+        return self._create(jax.random.key(self.config.seed))
 
     def abstract_state(self) -> steps.TrainState:
         """Its shapes and types."""
@@ -122,18 +122,21 @@ class Experiment:
             "label": jax.ShapeDtypeStruct((size,), np.int32),
         }
 
-    def _init(self, key):
-        return steps.create_state(self.method, self.optimizers, key, image_shape=self.image_shape)
-
     # Tracing takes seconds. How sub-networks are run, which alone changes in a method, changes no shape.
     @functools.cached_property
     def _abstract_variables(self):
-        init = functools.partial(steps.init_variables, self.method, image_shape=self.image_shape)
-        return jax.eval_shape(init, jax.random.key(0))
+        return steps.init_variables.eval_shape(self.method, jax.random.key(0), self.image_shape)
+
+    @functools.cached_property
+    def _create(self):
+        create = functools.partial(
+            steps.create_state, self.method, self.optimizers, image_shape=self.image_shape
+        )
+        return jax.jit(create)
 
     @functools.cached_property
     def _abstract_state(self):
-        return jax.eval_shape(self._init, jax.random.key(0))
+        return self._create.eval_shape(jax.random.key(0))
 
 
 def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:

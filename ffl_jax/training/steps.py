@@ -40,6 +40,8 @@ class TrainState:
         return {"params": self.params, **self.model_state}
 
 
+# Tracing takes seconds. It is done once for all that ask: no setting that is not in the method changes this.
+@functools.partial(jax.jit, static_argnames=("method", "image_shape"))
 def init_variables(method, rng, image_shape) -> tuple[Any, Any]:
     """(params, model_state) of a method for images of [H, W, 3], freshly drawn."""
     variables = method.init({"params": rng}, jnp.zeros((1, *image_shape)), train=False)
@@ -98,28 +100,24 @@ def apply(method, variables, images, precision: str = "float32", **options):
 
 def terms(method, params, model_state, image_shape) -> dict[str, Term]:
     """{name: its `Term`, with a shape for a value} of all that a step logs, the objectives included."""
-
-    def one_step(params, model_state):
-        variables = {"params": params, **model_state}
-        outputs = method.apply(variables, jnp.zeros((1, *image_shape)), train=False)
-        objectives, terms = method.objectives(outputs, jnp.zeros((1,), jnp.int32), jnp.float32(0))
-        together = (objectives | terms).items()
-        return {name: term if isinstance(term, Term) else Term(term) for name, term in together}
-
-    return jax.eval_shape(one_step, params, model_state)
+    return _logged.eval_shape(method, params, model_state, image_shape)[0]
 
 
 def zero_record(method, params, model_state, image_shape):
     """Sums of no steps: those of every loss term and every prediction's scores, and how many were finite."""
-
-    def one_step(params, model_state):
-        variables = {"params": params, **model_state}
-        outputs = method.apply(variables, jnp.zeros((1, *image_shape)), train=False)
-        labels = jnp.zeros((1,), jnp.int32)
-        return step_record(method, *method.objectives(outputs, labels, jnp.float32(0)), outputs, labels)
-
-    shapes = jax.eval_shape(one_step, params, model_state)
+    _, shapes = _logged.eval_shape(method, params, model_state, image_shape)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "image_shape"))  # for its cache of shapes
+def _logged(method, params, model_state, image_shape):
+    variables = {"params": params, **model_state}
+    outputs = method.apply(variables, jnp.zeros((1, *image_shape)), train=False)
+    labels = jnp.zeros((1,), jnp.int32)
+    objectives, others = method.objectives(outputs, labels, jnp.float32(0))
+    together = (objectives | others).items()
+    named = {name: term if isinstance(term, Term) else Term(term) for name, term in together}
+    return named, step_record(method, objectives, others, outputs, labels)
 
 
 def step_record(method, objectives, terms, outputs, labels):
