@@ -1,5 +1,7 @@
 """Scores against loops and sums in NumPy float64."""
 
+import json
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -210,3 +212,69 @@ def test_reliability():
     expected["confidence"][[5, 13]] = 0.4, 0.9
     expected["accuracy"][[5, 13]] = 1, 0.5
     chex.assert_trees_all_close(diagram, expected, rtol=1e-6)
+
+
+# -- class by class ----------------------------------------------------------------------------------------
+
+
+class_sums = jax.jit(metrics.class_sums, static_argnums=3)
+
+
+def test_what_is_taken_for_what():
+    """Against a loop; the last 30 of 200 images are padding, and two have no answer."""
+    predictions = {name: draw(seed, 200, 7)[0] for seed, name in enumerate(("a", "b"))}
+    labels = draw(0, 200, 6)[1]  # the last class has no image
+    for image, bad in ((3, np.nan), (4, np.inf)):  # argmax takes both for the largest
+        predictions["b"][image, labels[image]] = bad
+    weights = np.float32(np.arange(200) < 170)
+    sums = jax.device_get(class_sums(predictions, labels, weights, "b"))
+    confusion = np.zeros((7, 7), int)
+    for row, label in zip(predictions["b"][:170], labels, strict=False):
+        if np.isfinite(row).all():
+            confusion[label, row.argmax()] += 1
+    np.testing.assert_array_equal(sums["confusion"], confusion)
+    assert confusion.sum() == 168
+    np.testing.assert_array_equal(sums["images"], np.bincount(labels[:170], minlength=7))
+    assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype("int32")}
+    scores = metrics.class_scores(sums, "b")
+    right = {name: z.argmax(-1) == labels for name, z in predictions.items()}
+    right["b"][3:5] = False
+    recalls = {name: [x[:170][labels[:170] == k].mean() for k in range(6)] for name, x in right.items()}
+    assert scores["balanced_accuracy"] == pytest.approx({name: np.mean(x) for name, x in recalls.items()})
+    assert scores["right"] == np.diag(confusion).tolist()
+    dense = np.zeros((7, 7), int)
+    entries = scores["confusion"]
+    dense[entries["true"], entries["predicted"]] = entries["images"]
+    np.testing.assert_array_equal(dense, confusion)
+    assert json.loads(json.dumps(scores)) == scores
+
+
+def test_class_counts_agree_with_top1():
+    """Logits that are finite, but whose softmax is not, are no answer to either."""
+    logits, labels = draw(2, 64, 5)
+    logits = np.round(logits)  # with ties
+    logits[5], logits[6] = [3e38, -3e38, 0, 0, 0], -np.inf
+    sums = jax.device_get(class_sums({"a": logits}, labels, np.ones(64), "a"))
+    top1 = classification_sums(logits, labels)["top1"]
+    assert np.trace(sums["confusion"]) == sums["right"]["a"].sum() == top1
+    assert sums["confusion"].sum() == 62
+
+
+def test_counts_are_exact_beyond_float32():
+    """2**24 + 1 has no float32."""
+    one = class_sums({"a": np.eye(2, dtype=np.float32)}, np.array([0, 0]), np.ones(2), "a")
+    many = jax.tree.map(lambda x: x * 2**24, one)
+    total = jax.device_get(jax.tree.map(jnp.add, many, one))
+    np.testing.assert_array_equal(total["confusion"], [[2**24 + 1] * 2, [0, 0]])
+
+
+def test_of_very_many_classes_errors_are_not_told_apart():
+    """Nothing as large as classes times classes is made."""
+    num = metrics.LARGEST_CONFUSION + 1
+    logits = jnp.zeros((4, num)).at[:, 7].set(1)
+    shapes = jax.eval_shape(lambda: metrics.class_sums({"a": logits}, jnp.full(4, 7), jnp.ones(4), "a"))
+    assert max(leaf.size for leaf in jax.tree.leaves(shapes)) == num
+    scores = metrics.class_scores(
+        jax.device_get(metrics.class_sums({"a": logits}, jnp.array([7, 7, 7, 9]), jnp.ones(4), "a")), "a"
+    )
+    assert (scores["confusion"], scores["balanced_accuracy"]) == (None, {"a": 0.5})

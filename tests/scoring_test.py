@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import scoring_script
 
+from ffl_jax.training.confusion import matrix
+
 SCRIPT = pathlib.Path(scoring_script.__file__)
 
 
@@ -32,6 +34,23 @@ def test_every_example_counts_once(results, devices):
             assert scores[name]["top1"] == correct / size, (size, name)
             assert scores[name]["top5"] == 1.0
             np.testing.assert_allclose(scores[name]["nll"], nll, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("devices", scoring_script.DEVICES)
+def test_classes_are_counted_over_all_devices(results, devices):
+    """Each of 33 images once, against NumPy; what is not shipped has no matrix, but its balanced accuracy."""
+    images = (np.array(results["images"]) / 255 - 0.5) / 0.25
+    labels = np.array(results["labels"])
+    answers = np.einsum("nd,kdc->knc", images.reshape(33, -1), np.array(results["kernels"])).argmax(-1)
+    classes = results["scores"][f"{devices} 33"]["classes"]
+    confusion = np.zeros((4, 4), int)
+    np.add.at(confusion, (labels, answers[0]), 1)
+    np.testing.assert_array_equal(matrix(classes), confusion)
+    assert classes["images"] == np.bincount(labels, minlength=4).tolist()
+    assert classes["right"] == np.diag(confusion).tolist()
+    for k, name in enumerate(("sub_0", "sub_1")):
+        recalls = [(answers[k] == label)[labels == label].mean() for label in range(4)]
+        assert classes["balanced_accuracy"][name] == pytest.approx(np.mean(recalls))
 
 
 def test_diversity_does_not_depend_on_the_devices(results):

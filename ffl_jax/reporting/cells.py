@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ffl_jax.reporting.statistics import Spread
 
 NONE = "–"
+_LONGEST = 200  # letters of a name
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def line(text: str) -> str:
+    """Text as it can stand in a line of a table."""
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
 
 
 def markdown(table: Table) -> str:

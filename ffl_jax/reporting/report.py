@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.reporting import cells, comparability, figures, groups, page, results, runs, tables
+from ffl_jax.reporting import (
+    by_class,
+    cells,
+    comparability,
+    confusion,
+    figures,
+    groups,
+    page,
+    results,
+    runs,
+    tables,
+)
 from ffl_jax.workdir import files
 
 
@@ -88,13 +99,17 @@ def _file_names(datasets: Iterable[str]) -> dict[str, str]:
 def _section(dataset: str, members: list[groups.Group], sources: tables.Sources, prefix: str) -> Section:
     logging.info("drawing %s: %d rows …", dataset, len(members))
     warnings, notes = comparability.check(members)
+    confusions = by_class.confusions(members)
     shown = [
         tables.accuracy(members, sources),
         tables.predictions(members),
+        by_class.table(members, confusions),
         tables.cost(members),
         tables.beside_published(members, sources),
     ]
     pictures, missing = figures.draw(members, prefix)
+    picture, lacking = confusion.draw(confusions, prefix)
+    pictures, missing = [*pictures, *picture], [*missing, *lacking]
     headline, common = _headline(members), comparability.common(members)
     return Section(dataset, headline, common, warnings, notes, list(filter(None, shown)), pictures, missing)
 

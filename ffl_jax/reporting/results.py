@@ -42,6 +42,7 @@ def _prediction_columns(group: Group, groups: Sequence[Group], prediction: str) 
     columns = {"prediction": prediction, "ships": "yes" if ships else "no"}
     for key in ("top1", "top5", "nll", "ece"):
         columns |= _spread_columns(key, group.scores(prediction, key))
+    columns |= _spread_columns("balanced_accuracy", group.value("balanced_accuracy", prediction))
     columns |= _spread_columns("validation_chosen_top1", group.best_scores(prediction))
     columns["validation_chosen_epochs"] = _joined(group.value("best", "epoch"))
     for key in ("parameters", "flops"):

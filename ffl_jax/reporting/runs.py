@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods.base import ENSEMBLE, FUSED, NETWORK, TEACHER
+from ffl_jax.reporting.cells import line
 from ffl_jax.workdir.files import read_json
 from ffl_jax.workdir.log import read_metrics
 
@@ -16,11 +17,10 @@ _FILES = ("config.json", "summary.json", "metrics.jsonl")
 _NO_RUNS = ("checkpoints", "tensorboard", "teachers")  # folders inside a run that are no runs to compare
 # What not every version of a summary has; of another kind than this, it counts as missing.
 _EXTRAS = {"best": dict, "reliability": dict, "diversity": dict}
-_EXTRAS |= {"versions": dict, "fingerprint": str, "device": str}
+_EXTRAS |= {"balanced_accuracy": dict, "per_class": dict, "versions": dict, "fingerprint": str, "device": str}
 _KINDS = (NETWORK, ENSEMBLE, FUSED, TEACHER)
 _DEPTH = 3  # levels of folders that are searched for runs
 _ABSURD = 1e30  # no number of a run is larger
-_LONGEST = 200  # letters of a name
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,17 @@ class Unusable:
 
 def shown(folder: Path) -> str:
     """A folder's name as text, whatever its bytes are, to stand between backticks."""
-    return _line(os.fsencode(folder).decode(errors="backslashreplace")).replace("`", "'")
-
-
-def _line(text: str) -> str:
-    """Text as it can stand in a line of a table."""
-    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+    return line(os.fsencode(folder).decode(errors="backslashreplace")).replace("`", "'")
 
 
 def _tidy(value):
     """JSON as a report can show it: each text a line, and a number that is none, or absurd, None."""
     if isinstance(value, dict):
-        return {_line(key): _tidy(inner) for key, inner in value.items()}
+        return {line(key): _tidy(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_tidy(inner) for inner in value]
     if isinstance(value, str):
-        return _line(value)
+        return line(value)
     return None if isinstance(value, int | float) and not abs(value) < _ABSURD else value
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 CALIBRATION_BINS = 15
+LARGEST_CONFUSION = 2000  # classes: what is taken for what is 16 MB of counts then
 
 
 def classification_sums(
@@ -24,14 +25,7 @@ def classification_sums(
     """
     logits = logits.astype(jnp.float32)
     weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
-    log_probabilities = jax.nn.log_softmax(logits)
-    label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    # How many classes stand before the label: larger logits, and equal ones of a lower index, so that ties
-    # go to the lower index as in argmax.
-    tied_before = (logits == label_logits) & (jnp.arange(logits.shape[-1]) < labels[:, None])
-    rank = ((logits > label_logits) | tied_before).sum(axis=-1)
-    # Every comparison with NaN is false, which would rank the label first.
-    valid = jnp.isfinite(log_probabilities).all(axis=-1)
+    log_probabilities, rank, valid = _standing(logits, labels)
     top1, top5 = (valid & (rank < k) for k in (1, 5))
     confidence = jnp.where(weights > 0, jnp.exp(log_probabilities.max(axis=-1)), 0.0)
     bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1).astype(jnp.int32)
@@ -46,6 +40,20 @@ def classification_sums(
         "bin_confidence": (members * confidence[:, None]).sum(axis=0),
         "bin_correct": (members * top1[:, None]).sum(axis=0),
     }
+
+
+def _standing(logits, labels):
+    """Of float32 logits [B, C]: (log-probabilities, how many classes stand before the label, is it valid).
+
+    XLA computes it once, however often it is asked for.
+    """
+    log_probabilities = jax.nn.log_softmax(logits)
+    label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    # Larger logits, and equal ones of a lower index, so that ties go to the lower index as in argmax.
+    tied_before = (logits == label_logits) & (jnp.arange(logits.shape[-1]) < labels[:, None])
+    rank = ((logits > label_logits) | tied_before).sum(axis=-1)
+    # Every comparison with NaN is false, which would rank the label first.
+    return log_probabilities, rank, jnp.isfinite(log_probabilities).all(axis=-1)
 
 
 def classification_scores(sums: dict[str, np.ndarray]) -> dict[str, float]:
@@ -73,6 +81,69 @@ def reliability(sums: dict[str, np.ndarray]) -> dict[str, list[float]]:
         for name, key in (("confidence", "bin_confidence"), ("accuracy", "bin_correct"))
     }
     return {name: one.tolist() for name, one in ({"count": count} | means).items()}
+
+
+def class_sums(
+    predictions: dict[str, jax.Array], labels: jax.Array, weights: jax.Array, confused: str
+) -> dict:
+    """Counts over a batch from which `class_scores` tells class from class: int32, and so exact.
+
+    Args:
+      predictions: {prediction: logits [B, C]}.
+      labels: int [B].
+      weights: 1 for an image that counts and 0 for padding, [B].
+      confused: the prediction whose errors are counted one by one; of all would be too much memory.
+
+    Returns:
+      `images` [C] of each class. `right` {prediction: [C]} of them, those that it names rightly. `confusion`
+      [C, C], how many images of each class (rows) are taken for which (columns); {} of more classes than
+      `LARGEST_CONFUSION`. What has logits that are not finite is taken for none.
+    """
+    predictions = {name: logits.astype(jnp.float32) for name, logits in predictions.items()}
+    num_classes = predictions[confused].shape[-1]
+    counted = (weights > 0).astype(jnp.int32)
+    right, valid = [], {}
+    for name, logits in predictions.items():
+        _, rank, valid[name] = _standing(logits, labels)
+        right.append(valid[name] & (rank < 1))
+    # One addition for all of them: XLA compiles each on its own, and slowly.
+    columns = jnp.stack([jnp.ones_like(counted), *right], axis=-1) * counted[:, None]
+    images, *right = jnp.zeros((num_classes, columns.shape[-1]), jnp.int32).at[labels].add(columns).T
+    confusion = {}
+    if num_classes <= LARGEST_CONFUSION:
+        # What is added outside of the matrix is dropped.
+        answers = jnp.where(valid[confused], predictions[confused].argmax(axis=-1), num_classes)
+        confusion = jnp.zeros((num_classes, num_classes), jnp.int32)
+        confusion = confusion.at[labels, answers].add(counted, mode="drop")
+    return {
+        "images": images,
+        "right": dict(zip(predictions, right, strict=True)),
+        "confusion": confusion,
+    }
+
+
+def class_scores(sums: dict, confused: str) -> dict:
+    """What `class_sums` of a whole split say, JSON-able.
+
+    Returns:
+      `balanced_accuracy`: {prediction: the mean of its accuracies in each class, 0..1}; classes without
+      images are in no mean. `images`, `right`: [C] counts of `confused`. `confusion`: the counts that are not
+      zero, as `true`, `predicted` and `images`, three lists; None where it was not counted.
+    """
+    images, confusion = sums["images"], sums["confusion"]
+    seen = images > 0
+    recalls = {name: right[seen] / images[seen] for name, right in sums["right"].items()}
+    entries = None
+    if not isinstance(confusion, dict):
+        true, predicted = np.nonzero(confusion)
+        entries = {"true": true, "predicted": predicted, "images": confusion[true, predicted]}
+        entries = {key: values.tolist() for key, values in entries.items()}
+    return {
+        "balanced_accuracy": {name: float(values.mean()) for name, values in recalls.items()},
+        "images": images.tolist(),
+        "right": sums["right"][confused].tolist(),
+        "confusion": entries,
+    }
 
 
 def diversity_sums(

@@ -16,7 +16,7 @@ from ffl_jax.devices import processes
 from ffl_jax.devices.parallel import Parallel
 from ffl_jax.errors import CheckpointError, NonFiniteError, ResourceError
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import steps, summary, teachers
+from ffl_jax.training import confusion, steps, summary, teachers
 from ffl_jax.training.experiment import Experiment, check_belongs, run_record, versions
 from ffl_jax.workdir import checkpoint
 from ffl_jax.workdir.run_folder import RunFolder
@@ -234,6 +234,10 @@ class Runs:
     def _write(self, run, status, step, speeds):
         one = summary.of_run(run, self._costs, status, step, speeds, self.device)
         if self.writes:
+            classes = run.scores.get("test", {}).get("classes")
+            if classes and classes["confusion"]:
+                table = confusion.csv_of(classes, run.experiment.dataset.class_names)
+                run.folder.write_confusion(table)
             run.folder.write_summary(one)
         return one
 

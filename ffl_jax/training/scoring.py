@@ -13,8 +13,9 @@ from ffl_jax import data
 from ffl_jax.devices import preemption, processes
 from ffl_jax.devices.parallel import OWN, Parallel
 from ffl_jax.errors import ConfigError
+from ffl_jax.registry import nearest
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import metrics, steps
+from ffl_jax.training import confusion, metrics, steps
 from ffl_jax.training.experiment import Experiment, check_belongs
 from ffl_jax.workdir import checkpoint
 
@@ -54,23 +55,33 @@ class SplitSums:
 class Evaluator:
     """One split on the devices, and the compiled program that scores it."""
 
-    def __init__(self, method, split, config, parallel: Parallel):
-        """Args: method: a `Method`. split: a `data.Split`. config: the whole configuration."""
-        self._sums = SplitSums(steps.eval_step, method, split, config, parallel)
-        self._parallel = parallel
+    def __init__(self, method, split, config, parallel: Parallel, confused: str | None = None):
+        """Compiles nothing yet.
+
+        Args:
+          method: a `Method`.
+          split: a `data.Split`.
+          config: the whole configuration.
+          confused: the prediction whose errors are counted class by class; what is shipped by default.
+        """
+        step = functools.partial(steps.eval_step, confused=confused) if confused else steps.eval_step
+        self._sums = SplitSums(step, method, split, config, parallel)
+        self._parallel, self._confused = parallel, confused or method.headline
 
     def __call__(self, state: steps.TrainState) -> list[dict[str, dict]] | None:
         """The scores of a state on the devices, for each seed; None if a signal came. The state stays.
 
         Returns:
           `predictions`: {prediction: {score: number}}. `reliability`: {prediction: its diagram}. `diversity`:
-          {score: a K x K list}, or {}; all of them JSON-able, see `metrics`.
+          {score: a K x K list}, or {}. `classes`: of `metrics.class_scores`. All of it is JSON-able.
         """
         sums = self._sums(state)
-        return None if sums is None else [_scores(one) for one in self._parallel.fetch_runs(sums)]
+        if sums is None:
+            return None
+        return [_scores(one, self._confused) for one in self._parallel.fetch_runs(sums)]
 
 
-def _scores(sums):
+def _scores(sums, confused):
     sums = jax.device_get(sums)
     predictions, diversity = sums["predictions"], sums["diversity"]
     return {
@@ -80,6 +91,7 @@ def _scores(sums):
             name: one.tolist()
             for name, one in (metrics.diversity_scores(diversity).items() if diversity else ())
         },
+        "classes": metrics.class_scores(sums["classes"], confused),
     }
 
 
@@ -142,25 +154,38 @@ def restore_checkpoint(workdir: Path, step: int | None = None, data_dir: str | N
 
 
 def evaluate_checkpoint(
-    workdir: Path, step: int | None = None, split: str = "test", data_dir: str | None = None
+    workdir: Path,
+    step: int | None = None,
+    split: str = "test",
+    data_dir: str | None = None,
+    predictor: str | None = None,
 ):
     """Scores a checkpoint with nothing but what is in it and the dataset; writes nothing.
 
     Args:
       workdir, step, data_dir: see `restore_checkpoint`.
       split: "test", "validation" or "train".
+      predictor: whose errors are counted class by class; what is shipped by default.
 
     Returns:
-      (step, what `Evaluator` gives for it).
+      (step, what `Evaluator` gives for it, and `per_class` of `confusion`).
 
     Raises:
-      FFLError: there is no such checkpoint or split, or the data is missing or not what was trained on.
+      FFLError: there is no such checkpoint, split or prediction, or the data is missing or not what was
+        trained on.
     """
     restored = restore_checkpoint(workdir, step, data_dir)
     experiment = restored.experiment
     part = getattr(experiment.dataset, split)
     if part is None:
         raise ConfigError(f"{workdir} has no {split} split: it was trained with validation_examples=0.")
+    predictor = predictor or experiment.method.headline
+    if predictor not in (known := experiment.method.roles()):
+        raise ConfigError(
+            f"{experiment.config.method.name} has no prediction {predictor!r}: {nearest(predictor, known)}"
+        )
     parallel = Parallel(experiment.config.parallel.mode)
-    evaluator = Evaluator(experiment.method, part, experiment.config, parallel)
-    return restored.step, evaluator(parallel.place_runs([restored.state]))[0]
+    evaluator = Evaluator(experiment.method, part, experiment.config, parallel, predictor)
+    scores = evaluator(parallel.place_runs([restored.state]))[0]
+    names = experiment.dataset.class_names
+    return restored.step, scores | {"per_class": confusion.per_class(scores["classes"], names, predictor)}

@@ -255,13 +255,19 @@ def _accumulated(gradients, model_state, batch, parts, objectives, params):
 
 
 def eval_step(
-    variables, batch: dict[str, jax.Array], *, method, precision: str = "float32"
+    variables,
+    batch: dict[str, jax.Array],
+    *,
+    method,
+    precision: str = "float32",
+    confused: str | None = None,
 ) -> dict[str, dict[str, jax.Array]]:
     """Sums over a batch with `image`, `label` and `weight` (0 for padding).
 
     Returns:
-      `predictions`: {prediction: sums for its scores}. `diversity`: sums that compare the sub-networks; {} if
-      there is one alone.
+      `predictions`: {prediction: sums for its scores}. `classes`: of `metrics.class_sums`, with the errors of
+      `confused`, or of what is shipped. `diversity`: sums that compare the sub-networks; {} if there is one
+      alone.
     """
 
     outputs, seen = apply(
@@ -272,13 +278,16 @@ def eval_step(
         train=False,
         mutable=["intermediates"],
     )
+    labels, weights = batch["label"], batch["weight"]
+    classes = metrics.class_sums(method.predictions(outputs), labels, weights, confused or method.headline)
     sums = {
-        "predictions": prediction_sums(method, outputs, batch["label"], batch["weight"]),
+        "predictions": prediction_sums(method, outputs, labels, weights),
+        "classes": parallel.sum(classes),
         "diversity": {},
     }
     if method.subnetworks.num > 1:
         (maps,) = seen["intermediates"]["subnetworks"]["feature_maps"]
-        sums["diversity"] = parallel.sum(metrics.diversity_sums(outputs["logits"], maps, batch["weight"]))
+        sums["diversity"] = parallel.sum(metrics.diversity_sums(outputs["logits"], maps, weights))
     return sums
 
 

@@ -1,7 +1,7 @@
 """`summary.json`: what a run says of itself when it ends, and several seeds together."""
 
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import cost, metrics
+from ffl_jax.training import confusion, cost, metrics
 from ffl_jax.training.experiment import Experiment, versions
 
 
@@ -52,6 +52,8 @@ def of_run(run, costs: Costs, status: str, step: int, speeds: dict, device: str)
         },
         "deploy": experiment.method.headline,
         "best": run.best,
+        "balanced_accuracy": test.get("classes", {}).get("balanced_accuracy", {}),
+        "per_class": _per_class(experiment, test.get("classes")),
         "reliability": test.get("reliability", {}),
         "diversity": {"pairs": diversity, **metrics.pair_means(diversity)} if diversity else {},
         "training": {
@@ -66,11 +68,19 @@ def of_run(run, costs: Costs, status: str, step: int, speeds: dict, device: str)
     }
 
 
+def _per_class(experiment, classes):
+    # A checkpoint of an earlier version has no counts.
+    names, prediction = experiment.dataset.class_names, experiment.method.headline
+    return confusion.per_class(classes, names, prediction) if classes else {}
+
+
 def repeats(stored: dict, run, step: int) -> bool:
     """Whether `stored` is what `of_run` gave of a completed run, as far as the run's checkpoint tells."""
-    scores = run.scores.get("test", {}).get("predictions", {})
+    test = run.scores.get("test", {})
+    scores = test.get("predictions", {})
     known = {"status": "completed", "step": step, "seed": run.experiment.config.seed, "best": run.best}
     there = {*known, "predictors", "reliability", "diversity", "training", "images_per_second", "deploy"}
+    there |= {"balanced_accuracy", "per_class"} if "classes" in test else set()
     predictors = stored.get("predictors")
     return (
         stored.keys() >= there
@@ -92,6 +102,6 @@ def joint(summaries: list[dict]) -> dict:
         name: {key: [one["predictors"][name].get(key) for one in summaries] for key in values}
         for name, values in first["predictors"].items()
     }
-    differing = ("seed", "best", "reliability", "diversity", "training")
-    lists = {key: [one[key] for one in summaries] for key in differing}
+    differing = ("seed", "best", "balanced_accuracy", "per_class", "reliability", "diversity", "training")
+    lists = {key: [one.get(key) for one in summaries] for key in differing if key in first}
     return {**first, **lists, "predictors": predictors}

@@ -106,3 +106,8 @@ class RunFolder:
     def write_summary(self, summary: dict):
         """Writes `summary.json`, whole or not at all."""
         files.write_json(self.path / "summary.json", summary)
+
+    def write_confusion(self, table: str):
+        """Writes `confusion.csv`, whole or not at all."""
+        # The name of a class is that of a folder, which may be no text.
+        files.write_bytes(self.path / "confusion.csv", table.encode("utf-8", "backslashreplace"))
