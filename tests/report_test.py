@@ -4,24 +4,41 @@ import csv
 import dataclasses
 import html.parser
 import json
+import pathlib
 import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
+from ffl_jax import evaluate
 from ffl_jax.data import base
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
 from ffl_jax.models import NETWORKS
-from ffl_jax.reporting import cells, comparability, drawing, groups, published, report, runs, statistics
+from ffl_jax.reporting import (
+    by_class,
+    cells,
+    comparability,
+    confusion,
+    drawing,
+    groups,
+    published,
+    report,
+    runs,
+    statistics,
+)
+from ffl_jax.training import confusion as table
+from ffl_jax.training import metrics, scoring
 from ffl_jax.workdir.files import write_json
 
 # Test top-1 of what is shipped, in percent, by seed. FFL: mean 55, deviation the root of (4 + 1 + 9) / 2.
 FFL = {0: 53.0, 1: 54.0, 2: 58.0}
 ALONE = {0: 50.0, 1: 52.0, 2: 54.0}  # FFL less these: 3, 2 and 4, so mean 3 and deviation 1
+CLASSES = ["cat", "<i>, b", "a|b"]  # of which the second has no images
 CONFIG = {
     "seed": 0,
     "num_seeds": 1,
@@ -84,6 +101,10 @@ def write_run(folder, method="ffl", seed=0, top1=53.0, new=False, status="comple
             "fingerprint": "0123456789abcdef",
             "best": best | {"predictors": {"sub_0": scores(top1 - 5)}},
         }
+        summary |= {"balanced_accuracy": dict.fromkeys(predictors, (top1 + 2) / 100)}
+        summary |= {"per_class": {"names": CLASSES, "accuracy": [0.75 + seed / 10, None, 0.5]}}
+        counts = [f"cat,{6 + seed},0,{4 - seed}", '"<i>, b",0,0,0', "a|b,4,1,5"]
+        (folder / "confusion.csv").write_text("\n".join(['true \\ predicted,cat,"<i>, b",a|b', *counts, ""]))
     write_json(folder / "config.json", config)
     write_json(folder / "summary.json", summary)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -521,7 +542,7 @@ def test_markdown(written):
     assert "| ffl | resnet32 | one network | 55.00 ± 2.65 | 2 | 94.01 ± 0.11 [1]† | – | 300 | – |" in text
     assert "1. Wu and Gong" in text
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
-    names = ["accuracy", "curves", "losses", "cost", "reliability", "diversity"]
+    names = ["accuracy", "curves", "losses", "cost", "reliability", "diversity", "confusion"]
     assert pictures == [f"cifar10_{name}.png" for name in names]
     for name in pictures:
         with Image.open(written / "new" / name) as image:
@@ -534,6 +555,8 @@ def test_what_early_versions_did_not_record_is_left_out_and_said(written):
     assert "Empty, and left out: chosen by validation, %." in text
     assert "Empty, and left out: training FLOPs; training time; disagreement %; KL; CKA." in text
     assert "- Reliability: the runs record no `reliability`." in text
+    assert "- What is taken for what: all seeds of a row need a confusion.csv, of the same classes." in text
+    assert "class by class" not in text
     assert not (written / "old" / "cifar10_diversity.png").exists()
     assert rows_of(written / "old")["ffl", "sub_0"]["training_flops_mean"] == ""
 
@@ -551,6 +574,8 @@ def test_csv_has_every_number_unrounded(written):
         "training_seconds_mean": 5085,
         "training_seconds_std": 60,
         "images_per_second_mean": 101,
+        "balanced_accuracy_mean": 0.57,
+        "balanced_accuracy_std": 0.026457513110645906,
         "flops": 2e6,
     }
     assert {key: float(ffl[key]) for key in expected} == pytest.approx(expected)
@@ -558,6 +583,85 @@ def test_csv_has_every_number_unrounded(written):
     assert (ffl["seeds"], ffl["difference_seeds"], ffl["ships"], ffl["epochs"]) == ("0 1 2", "3", "yes", "2")
     assert (ffl["validation_chosen_epochs"], ffl["published_percent"]) == ("1", "94.01 ± 0.11 (PCL paper)")
     assert rows["ffl", "ensemble"]["difference_mean"] == rows["independent", "sub_0"]["difference_mean"] == ""
+
+
+def test_class_by_class(written):
+    """Means over three seeds, by hand: cats 85 % right, and 3 of 10 taken for the last, 4 and 1 of that."""
+    text = (written / "new" / "report.md").read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    confused = "a\\|b → cat: 40.0, cat → a\\|b: 30.0, a\\|b → \\<i>, b: 10.0"
+    for method, balanced in (("ffl", "57.00 ± 2.65"), ("independent", "54.00 ± 2.00")):
+        assert f"| {method} | {balanced} | a\\|b: 50.0, cat: 85.0 | {confused} |" in text
+    page = (written / "new" / "index.html").read_text(encoding="utf-8")
+    assert "<i>" not in page
+
+
+def test_a_matrix_for_each_row_that_has_one(tmp_path):
+    """Of two groups one has a seed whose classes are others."""
+    write_both(tmp_path, new=True)
+    table = tmp_path / "ffl_seed1" / "confusion.csv"
+    table.write_text(table.read_text().replace("cat", "dog"))
+    found, unusable, _ = runs.read([tmp_path])
+    (members,) = groups.group(found, unusable).values()
+    (group,), (one,) = zip(*by_class.confusions(members).items(), strict=True)
+    assert group.method == "independent"
+    shares = [[0.7, 0, 0.3], [float("nan")] * 3, [0.4, 0.1, 0.5]]
+    np.testing.assert_allclose(one.shares, shares)  # equal_nan
+
+
+@pytest.mark.parametrize("num", [3, 11, 26, 100, 501])
+def test_matrices_are_drawn_for_any_number_of_classes(tmp_path, num, monkeypatch):
+    """Up to the pixels; the largest error of all stands out of a cell that shows several."""
+    monkeypatch.setattr(drawing.Figure, "savefig", lambda figure, data, **_: data.write(bytes(24)))
+    seen = []
+    monkeypatch.setattr(
+        Axes, "imshow", lambda axes, x, *_, f=Axes.imshow, **o: seen.append(x) or f(axes, x, *_, **o)
+    )
+    counts = np.eye(num) * 100
+    counts[1, num - 1] = 60
+    confusions = {}
+    for method in ("ffl", "independent"):
+        (run,), *_ = runs.read([write_run(tmp_path / method, method)])
+        confusions[groups.Group("x", method, run.networks, (run,))] = by_class.Confusion(
+            ["n" * 99 + str(i) for i in range(num)], counts
+        )
+    (picture,), missing = confusion.draw(confusions, "x")
+    assert (picture.name, missing) == ("x_confusion", [])
+    right, wrong = seen[:2]
+    assert np.nanmax(right) == 1
+    assert np.nanmax(wrong) == wrong[-1, -1] if num > 250 else wrong[-2, -1] == pytest.approx(60 / 160)
+    assert max(right.shape) <= 250
+
+
+def test_evaluate_says_which_classes(tmp_path, capsys, monkeypatch):
+    """Two evaluations' worth of scores, by hand: twelve classes, one without images."""
+    names = [*(f"class {k}" for k in range(10)), "a|b\n", "unseen"]
+    confused = np.diag([*range(10, 20), 3, 0])
+    confused[10, :3] = 4, 0, 1
+    confused[0, 10] = 10
+    sums = {"images": confused.sum(1), "right": {"sub_0": np.diag(confused)}, "confusion": confused}
+    classes = metrics.class_scores(sums, "sub_0")
+    scores = {"predictions": {"sub_0": {"top1": 0.5, "top5": 1, "nll": 2, "ece": 0.125}}, "classes": classes}
+    scores["per_class"] = table.per_class(classes, names, "sub_0")
+    asked = []
+    monkeypatch.setattr(scoring, "evaluate_checkpoint", lambda *given: asked.append(given) or (7, scores))
+    evaluate.command(["evaluate", "--workdir=w", "--predictor=sub_0"])
+    text = capsys.readouterr().out
+    assert asked == [(pathlib.Path("w"), None, "test", None, "sub_0")]
+    balanced = 100 * (0.5 + 3 / 8 + 9) / 11
+    assert f"| sub_0 | 50.00 | 100.00 | 2.0000 | 0.1250 | {balanced:.2f} |" in text
+    first = "| a\\|b\\\\n | 37.50 | 8 |\n| class 0 | 50.00 | 20 |\n| class 1 | 100.00 | 11 |"
+    assert "sub_0 by class, worst first (10 of 11 classes; all with --per_class)" in text
+    assert f"| class | accuracy % | images |\n| --- | ---: | ---: |\n{first}" in text
+    assert "class 9" not in text
+    assert "without images: unseen" in text
+    pairs = ["| class 0 | a\\|b\\\\n | 10 | 50.00 |", "| a\\|b\\\\n | class 0 | 4 | 50.00 |"]
+    assert "\n".join([*pairs, "| a\\|b\\\\n | class 2 | 1 | 12.50 |"]) in text
+    evaluate.command(["evaluate", "--workdir=w", "--per_class"])
+    assert "| class 9 | 100.00 | 19 |" in capsys.readouterr().out
+    evaluate.command(["evaluate", "--workdir=w", "--confusion"])
+    read_names, counts = table.parse(capsys.readouterr().out.encode())
+    assert read_names == names
+    np.testing.assert_array_equal(counts, confused)
 
 
 @pytest.mark.parametrize(
@@ -634,7 +738,7 @@ def test_page_in_a_browser(written, browse, tmp_path):
     assert console == []
     assert found["requests"] == []
     assert found["title"] == "Runs compared · cifar10"
-    assert len(found["images"]) == 6
+    assert len(found["images"]) == 7
     assert min(found["images"]) > 500
     assert found["width"] <= 390, "a phone would scroll the page sideways"
     assert found["before"] == ["ffl", "independent"]
@@ -669,10 +773,10 @@ def test_page_holds_all_that_it_shows(written):
     page = (written / "new" / "index.html").read_text(encoding="utf-8")
     Parser(convert_charrefs=True).feed(page)
     assert open_tags == []
-    assert len(sources) == 13  # six figures, light and dark, and the icon
+    assert len(sources) == 15  # seven figures, light and dark, and the icon
     assert all(value.startswith("data:") for value in sources)
     assert "url(" not in page
-    assert len(set(sources)) == 13
+    assert len(set(sources)) == 15
 
 
 def test_text_from_files_is_no_markup(tmp_path):

@@ -14,7 +14,7 @@ from ffl_jax.workdir import files
 
 _WORST = 10  # classes that a terminal shows
 _NAMED = 5  # classes, and pairs of them, in a row of a report
-_LARGEST_FILE = 1 << 26  # bytes of a matrix
+_LARGEST_FILE = 1 << 25  # bytes of a matrix
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def table(groups: Sequence[Group], confusions: dict[Group, Confusion]) -> Table 
         return None
     caption = (
         "Test split, of the prediction to ship after the last epoch, mean over seeds. Balanced: the mean of "
-        "the accuracies in each class. a → b: images of class a that are taken for b, those pairs first "
-        "that have most images."
+        "the accuracies in each class. a → b: images of class a that are taken for b; the pairs "
+        "that have most images are first."
     )
     return without_empty("Class by class", caption, rows)
 
@@ -116,16 +116,18 @@ def _worst(group: Group) -> list[str]:
         same = all(one["names"] == names for one in told)
     except (TypeError, ValueError, KeyError):  # not recorded, or damaged
         return []
-    if not same or not isinstance(names, list) or values.shape != (len(told), len(names)):
+    if not same or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return []
+    if values.shape != (len(told), len(names)):
         return []
     means = values.mean(axis=0)  # NaN for a class without images
     order = [i for i in np.argsort(means, kind="stable") if np.isfinite(means[i])]
-    return [_words(str(names[i]), means[i]) for i in order[:_NAMED]]
+    return [_words(names[i], means[i]) for i in order[:_NAMED]]
 
 
 def _words(text: str, share: float) -> str:
     """With its number in percent, kept together in one line."""
-    return f"{text} {100 * share:.1f}".replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{text}: {100 * share:.1f}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _share(value: float) -> Cell:

@@ -87,7 +87,7 @@ def _matrix(axes, one: Confusion, shares: np.ndarray, scale, theme: Theme):
         return image
     names = [_short(name) for name in one.names]
     size = 7 if num <= _NUMBERED else 5
-    axes.set_xticks(range(num), names, rotation=90, fontsize=size)
+    axes.set_xticks(range(num), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
     axes.set_yticks(range(num), names[::-1], fontsize=size)
     if num <= _NUMBERED:
         _number(axes, upwards, scale, theme)
@@ -108,7 +108,7 @@ def _name_errors(axes, one, cells, theme):
     ends = [
         (
             place[pair["true"]],
-            f"{_short(pair['true'])} → {_short(pair['predicted'])} {100 * pair['share']:.0f} %",
+            f"{_short(pair['true'])} → {_short(pair['predicted'])}: {100 * pair['share']:.0f} %",
             place[pair["predicted"]],
         )
         for pair in one.pairs(_ERRORS)

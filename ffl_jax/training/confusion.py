@@ -97,13 +97,18 @@ def csv_of(classes: dict, names: Sequence[str]) -> str:
 
 def parse(data: bytes) -> tuple[list[str], np.ndarray]:
     """(names, matrix) of what `csv_of` gives; ValueError for anything else."""
+    reader = csv.reader(io.StringIO(data.decode(), newline=""), strict=True)
     try:
-        head, *rows = csv.reader(io.StringIO(data.decode(), newline=""), strict=True)
+        (_, *names), rows = next(reader, [None]), []
+        if not 0 < len(names) <= metrics.LARGEST_CONFUSION:
+            raise ValueError("no classes, or too many")
+        for (name, *numbers), expected in zip(reader, names, strict=True):
+            if name != expected or len(numbers) != len(names):
+                raise ValueError(f"the row of {expected!r} is another one")
+            rows.append([float(number) for number in numbers])
     except csv.Error as error:
         raise ValueError(str(error)) from error
-    counts = np.array([[float(number) for number in row[1:]] for row in rows])
-    if not rows or counts.shape != (len(rows),) * 2 or head[1:] != [row[0] for row in rows]:
-        raise ValueError("no square of counts, with the same classes along both sides")
+    counts = np.array(rows)
     if not ((counts >= 0) & (counts < _LARGEST_COUNT)).all():
         raise ValueError("a count that no class has")
-    return head[1:], counts
+    return names, counts

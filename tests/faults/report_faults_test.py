@@ -9,7 +9,7 @@ import pytest
 from report_test import rows_of, write_run
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.reporting import drawing, report
+from ffl_jax.reporting import by_class, drawing, groups, report, results, runs
 
 ABSURD = (None, True, -1, 0, 1e308, -1e308, float("inf"), float("nan"), 10**400, "", "é\nnew", "$a_{", [], {})
 ABSURD += ([1], {"a": 1}, [[]], [{}], "0.5", "x" * 3000, "\udcff", "<script>", [float("nan")], {"": ""})
@@ -114,6 +114,77 @@ def test_random_values(folder, not_rendered):
         except Exception as error:
             raise AssertionError((name, keys, value)) from error
         (runs / "a" / name).write_text(files[name])
+
+
+HEAD = "true,cat,dog\n"
+BAD_MATRICES = {
+    "empty": b"",
+    "blank": b"\n\n",
+    "binary": b"\x80" * 99,
+    "torn": f"{HEAD}cat,1,0\ndog,0".encode(),
+    "a row is missing": f"{HEAD}cat,1,0\n".encode(),
+    "a row too many": f"{HEAD}cat,1,0\ndog,0,1\ncow,0,0\n".encode(),
+    "a blank row": f"{HEAD}cat,1,0\n\n".encode(),
+    "a column too many": f"{HEAD}cat,1,0,0\ndog,0,1,0\n".encode(),
+    "other names": f"{HEAD}dog,1,0\ncat,0,1\n".encode(),
+    "no numbers": f"{HEAD}cat,1,x\ndog,0,1\n".encode(),
+    "no number": f"{HEAD}cat,1,nan\ndog,0,1\n".encode(),
+    "infinite": f"{HEAD}cat,1,inf\ndog,0,1\n".encode(),
+    "negative": f"{HEAD}cat,1,-1\ndog,0,1\n".encode(),
+    "absurd": f"{HEAD}cat,1,1e15\ndog,0,1\n".encode(),
+    "very long": f"{HEAD}cat,1,{'9' * 5000}\ndog,0,1\n".encode(),
+    "a large field": f"{HEAD}cat,1,{'9' * 10**6}\ndog,0,1\n".encode(),
+    "an open quote": f'{HEAD}cat,1,"0\ndog,0,1\n'.encode(),
+    "no classes": b"true\n",
+    "too many classes": f"true{',c' * 2001}\n".encode(),
+    "one line of commas": b"," * 10**6,
+    "NUL": f"{HEAD}cat,1,\0\ndog,0,1\n".encode(),
+}
+
+
+@pytest.mark.parametrize("content", BAD_MATRICES.values(), ids=BAD_MATRICES)
+def test_a_damaged_matrix_counts_as_missing(content, folder):
+    (folder / "runs" / "b" / "confusion.csv").write_bytes(content)
+    assert [group.method for group in by_class.confusions(_groups(folder))] == ["independent"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_no_matrix(make, folder):
+    path = folder / "runs" / "b" / "confusion.csv"
+    path.unlink()
+    make(path)
+    assert [group.method for group in by_class.confusions(_groups(folder))] == ["independent"]
+
+
+def test_matrices_of_any_numbers(folder, not_rendered):
+    """No images at all, no errors, one class, and names that are a figure's or a table's own signs."""
+    for name in "abc":
+        (folder / "runs" / name / "confusion.csv").write_text("x,$a_{,é|<b>\n$a_{,0,0\né|<b>,0,0\n")
+    report.write([str(folder / "runs")], folder / "out")
+    for name in "abc":
+        (folder / "runs" / name / "confusion.csv").write_text("x,$\n$,3\n")
+    report.write([str(folder / "runs")], folder / "out")
+    assert (folder / "out" / "cifar10_confusion.png").is_file()
+
+
+@pytest.mark.parametrize("key", ["names", "accuracy", ""])
+def test_classes_of_any_kind(key, folder):
+    for value in (*ABSURD, [[1, 2, 3]], [1, 2], [1e29] * 3, ["x", 1, None], ["0.5", "a", "b"], {"names": 1}):
+        summary = folder / "runs" / "a" / "summary.json"
+        kept = summary.read_text()
+        change(summary, ("per_class", key) if key else ("per_class",), value)
+        found = _groups(folder)
+        table = by_class.table(found, by_class.confusions(found))
+        assert [row[0].text for row in table.rows] == ["ffl", "independent"], value
+        change(summary, ("balanced_accuracy",), value)
+        results.text({"cifar10": _groups(folder)})
+        summary.write_text(kept)
+
+
+def _groups(folder):
+    found, unusable, _ = runs.read([str(folder / "runs")])
+    (members,) = groups.group(found, unusable).values()
+    return members
 
 
 def _leaves(tree, path=()):
