@@ -1,10 +1,15 @@
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
 import scoring_script
+from conftest import write_run
 
+from configs import digits
+from ffl_jax.errors import ConfigError
+from ffl_jax.training import scoring, summary
 from ffl_jax.training.confusion import matrix
 
 SCRIPT = pathlib.Path(scoring_script.__file__)
@@ -61,3 +66,37 @@ def test_diversity_does_not_depend_on_the_devices(results):
             other = results["scores"][f"{devices} {size}"]["diversity"]
             for name, values in one.items():
                 np.testing.assert_allclose(other[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_the_classes_of_another_prediction(tmp_path):
+    """That is asked for; of a checkpoint of random variables."""
+    experiment, _ = write_run(tmp_path, digits.get_config("method=independent,network=tiny"))
+    with pytest.raises(ConfigError, match=r"independent has no prediction 'ensembel': did you mean ensemble"):
+        scoring.evaluate_checkpoint(tmp_path, predictor="ensembel")
+    _, scores = scoring.evaluate_checkpoint(tmp_path, predictor="ensemble")
+    counts, per_class = matrix(scores["classes"]), scores["per_class"]
+    labels = experiment.dataset.test.labels
+    np.testing.assert_array_equal(counts.sum(1), np.bincount(labels))
+    top1 = {name: one["top1"] * len(labels) for name, one in scores["predictions"].items()}
+    assert np.trace(counts) == pytest.approx(top1["ensemble"]) != pytest.approx(top1["sub_0"])
+    assert (per_class["prediction"], per_class["names"]) == ("ensemble", [str(k) for k in range(10)])
+    assert per_class["accuracy"] == pytest.approx(np.diag(counts) / counts.sum(1))
+    worst = per_class["confused"][0]
+    assert worst["images"] == (counts - np.diag(np.diag(counts))).max()
+    assert counts[int(worst["true"]), int(worst["predicted"])] == worst["images"]
+
+
+def test_summaries_of_earlier_versions():
+    """One without classes is kept if its checkpoint has none either; else it is written again."""
+    config = types.SimpleNamespace(seed=0)
+    run = types.SimpleNamespace(scores={"test": {"predictions": {}}}, best=None)
+    run.experiment = types.SimpleNamespace(config=config)
+    old = {"status": "completed", "step": 7, "seed": 0, "best": None, "predictors": {}, "deploy": "sub_0"}
+    old |= {"reliability": {}, "diversity": {}, "training": {}, "images_per_second": 1.0}
+    assert summary.repeats(old, run, 7)
+    assert "per_class" not in summary.joint([old, old])
+    run.scores["test"]["classes"] = {"balanced_accuracy": {}}
+    assert not summary.repeats(old, run, 7)
+    assert summary.repeats(old | {"balanced_accuracy": {}, "per_class": {}}, run, 7)
+    new = old | {"balanced_accuracy": {"sub_0": 0.5}, "per_class": {"names": ["a"]}}
+    assert summary.joint([new, new])["per_class"] == [new["per_class"]] * 2
