@@ -268,6 +268,13 @@ def test_counts_are_exact_beyond_float32():
     np.testing.assert_array_equal(total["confusion"], [[2**24 + 1] * 2, [0, 0]])
 
 
+def test_a_training_step_counts_no_classes():
+    """Its record has these sums alone, of a few numbers each."""
+    sums = classification_sums(*draw(0, 8, 40))
+    assert sums.keys() == {"count", "top1", "top5", "nll", "bin_count", "bin_confidence", "bin_correct"}
+    assert max(leaf.size for leaf in sums.values()) == metrics.CALIBRATION_BINS
+
+
 def test_of_very_many_classes_errors_are_not_told_apart():
     """Nothing as large as classes times classes is made."""
     num = metrics.LARGEST_CONFUSION + 1

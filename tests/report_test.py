@@ -658,10 +658,17 @@ def test_evaluate_says_which_classes(tmp_path, capsys, monkeypatch):
     assert "\n".join([*pairs, "| a\\|b\\\\n | class 2 | 1 | 12.50 |"]) in text
     evaluate.command(["evaluate", "--workdir=w", "--per_class"])
     assert "| class 9 | 100.00 | 19 |" in capsys.readouterr().out
+    assert "too many classes" not in text
     evaluate.command(["evaluate", "--workdir=w", "--confusion"])
     read_names, counts = table.parse(capsys.readouterr().out.encode())
     assert read_names == names
     np.testing.assert_array_equal(counts, confused)
+    classes["confusion"] = None
+    scores["per_class"] = table.per_class(classes, names, "sub_0")
+    evaluate.command(["evaluate", "--workdir=w"])
+    assert capsys.readouterr().out.endswith("too many classes to count which is taken for which\n")
+    with pytest.raises(ConfigError, match="12 classes have too large a confusion matrix"):
+        evaluate.command(["evaluate", "--workdir=w", "--confusion"])
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def of_one(per_class: dict, everything: bool) -> str:
     classes = [[Cell(line(name)), _share(accuracy), _count(images)] for name, accuracy, images in shown]
     pairs = [
         [Cell(line(one["true"])), Cell(line(one["predicted"])), _count(one["images"]), _share(one["share"])]
-        for one in per_class["confused"][: None if everything else _WORST]
+        for one in (per_class["confused"] or ())[: None if everything else _WORST]
     ]
     text = [f"\n{per_class['prediction']} by class, worst first{some}"]
     text += [markdown(Table("", "", ["class", "accuracy %", "images"], classes))]
@@ -61,6 +61,8 @@ def of_one(per_class: dict, everything: bool) -> str:
     if pairs:
         columns = ["true class", "taken for", "images", "% of the class"]
         text += ["\nconfused most often", markdown(Table("", "", columns, pairs))]
+    elif per_class["confused"] is None:
+        text += ["too many classes to count which is taken for which"]
     return "\n".join(text)
 
 

@@ -23,7 +23,7 @@ def per_class(classes: dict, names: Sequence[str], prediction: str) -> dict:
 
     Returns:
       `prediction`; `names`, `images` and `accuracy`, 0..1, of the classes in their order, None where there
-      are no images; `confused`, of `most_confused`, [] where there are too many classes to count them.
+      are no images; `confused`, of `most_confused`, None where there are too many classes to count them.
     """
     pairs = zip(classes["right"], classes["images"], strict=True)
     confusion = matrix(classes)
@@ -32,7 +32,7 @@ def per_class(classes: dict, names: Sequence[str], prediction: str) -> dict:
         "names": list(names),
         "images": classes["images"],
         "accuracy": [right / images if images else None for right, images in pairs],
-        "confused": [] if confusion is None else most_confused(confusion, classes["images"], names),
+        "confused": None if confusion is None else most_confused(confusion, classes["images"], names),
     }
 
 
