@@ -9,8 +9,7 @@ from conftest import write_run
 
 from configs import digits
 from ffl_jax.errors import ConfigError
-from ffl_jax.training import scoring, summary
-from ffl_jax.training.confusion import matrix
+from ffl_jax.training import confusion, scoring, summary
 
 SCRIPT = pathlib.Path(scoring_script.__file__)
 
@@ -48,11 +47,11 @@ def test_classes_are_counted_over_all_devices(results, devices):
     labels = np.array(results["labels"])
     answers = np.einsum("nd,kdc->knc", images.reshape(33, -1), np.array(results["kernels"])).argmax(-1)
     classes = results["scores"][f"{devices} 33"]["classes"]
-    confusion = np.zeros((4, 4), int)
-    np.add.at(confusion, (labels, answers[0]), 1)
-    np.testing.assert_array_equal(matrix(classes), confusion)
+    counts = np.zeros((4, 4), int)
+    np.add.at(counts, (labels, answers[0]), 1)
+    np.testing.assert_array_equal(confusion.matrix(classes), counts)
     assert classes["images"] == np.bincount(labels, minlength=4).tolist()
-    assert classes["right"] == np.diag(confusion).tolist()
+    assert classes["right"] == np.diag(counts).tolist()
     for k, name in enumerate(("sub_0", "sub_1")):
         recalls = [(answers[k] == label)[labels == label].mean() for label in range(4)]
         assert classes["balanced_accuracy"][name] == pytest.approx(np.mean(recalls))
@@ -74,7 +73,7 @@ def test_the_classes_of_another_prediction(tmp_path):
     with pytest.raises(ConfigError, match=r"independent has no prediction 'ensembel': did you mean ensemble"):
         scoring.evaluate_checkpoint(tmp_path, predictor="ensembel")
     _, scores = scoring.evaluate_checkpoint(tmp_path, predictor="ensemble")
-    counts, per_class = matrix(scores["classes"]), scores["per_class"]
+    counts, per_class = confusion.matrix(scores["classes"]), scores["per_class"]
     labels = experiment.dataset.test.labels
     np.testing.assert_array_equal(counts.sum(1), np.bincount(labels))
     top1 = {name: one["top1"] * len(labels) for name, one in scores["predictions"].items()}
@@ -84,6 +83,17 @@ def test_the_classes_of_another_prediction(tmp_path):
     worst = per_class["confused"][0]
     assert worst["images"] == (counts - np.diag(np.diag(counts))).max()
     assert counts[int(worst["true"]), int(worst["predicted"])] == worst["images"]
+
+
+def test_a_matrix_keeps_names_of_any_letters():
+    names = ["a\rb", 'q"uote', "x,y", " pad ", "\u2028", "", "n\nl", "\r\n", "nul\0", "7", "=1+1"]
+    counts = np.arange(121).reshape(11, 11)
+    true, predicted = np.nonzero(counts)
+    classes = {"images": counts.sum(1), "confusion": {"true": true, "predicted": predicted}}
+    classes["confusion"]["images"] = counts[true, predicted]
+    found, again = confusion.parse(confusion.csv_of(classes, names).encode())
+    assert found == names
+    np.testing.assert_array_equal(again, counts)
 
 
 def test_summaries_of_earlier_versions():

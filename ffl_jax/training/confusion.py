@@ -89,7 +89,7 @@ def csv_of(classes: dict, names: Sequence[str]) -> str:
             "--per_class tells their accuracies."
         )
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
+    writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a name may have any letter
     writer.writerow(["true \\ predicted", *names])
     writer.writerows([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
     return file.getvalue()
