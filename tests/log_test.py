@@ -2,6 +2,7 @@ import io
 import json
 import os
 import random
+import shutil
 import struct
 import sys
 import types
@@ -9,10 +10,10 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import api_pb2, event_pb2, plugin_hparams_pb2
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.workdir.log import MetricsLog, read_metrics, start_wandb
+from ffl_jax.workdir.log import MetricsLog, over_stretches, read_metrics, start_wandb
 from ffl_jax.workdir.tensorboard import Events
 
 
@@ -132,6 +133,101 @@ def events(folder):
         found |= {value.tag: value for value in event.summary.value}
         content = content[16 + size :]
     return found
+
+
+def test_gauges_stand_behind_what_a_line_had_before(tmp_path):
+    """They are shown as they are, take nobody's name, and are left out where JSON has no number for them."""
+    log = MetricsLog(tmp_path, 0, 0)
+    gauges = {"rate": 0.5, "loss": 9.0, "norm": float("inf"), "other": float("nan")}
+    row = log.write(10, 1.0, "train", {"loss": 2.0}, gauges)
+    log.write(11, 1.1, "train", {"loss": 3.0}, {"rate": 0.25})  # waits to be joined, its gauge does not
+    log.close()
+    assert list(row) == ["step", "epoch", "split", "loss", "rate"]
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first == {"step": 10, "epoch": 1.0, "split": "train", "loss": 2.0, "rate": 0.5}
+    assert second["loss"] == 3.0
+    found = events(tmp_path / "tensorboard")
+    assert {tag: value.simple_value for tag, value in found.items()} == {
+        "train/loss": 2.0,
+        "train/rate": 0.25,
+    }
+
+
+def line(epoch, loss, **more):
+    return {"step": 10, "epoch": epoch, "split": "train", "loss": loss, **more}
+
+
+def test_lines_that_cover_little_are_joined_with_the_next():
+    """A line for every 20 steps of 46 in an epoch: 6 lie before its end, 14 behind it. Weighted by hand."""
+    rows = [
+        line(x / 46, loss) for x, loss in ((20, 4.0), (40, 3.0), (46, 2.0), (60, 1.0), (80, 0.5), (86, 9.0))
+    ]
+    test = {"epoch": 1.0, "split": "test", "x": 1}
+    joined = over_stretches([*rows[:3], test, *rows[3:]])
+    assert joined == [
+        rows[0],
+        rows[1],
+        test,
+        {**rows[3], "loss": pytest.approx((6 * 2 + 14 * 1) / 20)},
+        rows[4],
+    ]
+    assert over_stretches(rows[:1]) == rows[:1]
+
+
+@pytest.mark.parametrize("epochs", [[1.0, 1.0], [2.0, 1.0, 3.0], [0.0, 1.0], [1e308, -1e308], [-1.0, 1.0]])
+def test_stretches_of_whatever_a_file_holds(epochs):
+    """Numbers that only some lines have are left as they are; None is a report's for one that is absurd."""
+    rows = [
+        line(1.0, 1.0),
+        *(line(epoch, 2.0, odd=None, some=n) for n, epoch in enumerate(epochs)),
+        {"epoch": 1.0, "split": "train"},
+    ]
+    joined = over_stretches(rows)
+    assert joined[0] == rows[0]
+    assert all(row["split"] == "train" for row in joined)
+
+
+def test_a_continued_log_knows_what_waits(tmp_path):
+    log = MetricsLog(tmp_path, 0, 0)
+    log.write(100, 1.0, "train", {"loss": 1.0})
+    log.write(110, 1.1, "train", {"loss": 2.0})
+    size = log.size
+    log.close()
+    log = MetricsLog(tmp_path, size, 110)
+    shutil.rmtree(tmp_path / "tensorboard")
+    log = MetricsLog(tmp_path, size, 110)
+    log.write(190, 1.9, "train", {"loss": 3.0})
+    log.close()
+    shown = events(tmp_path / "tensorboard")["train/loss"].simple_value
+    assert shown == pytest.approx((0.1 * 2 + 0.8 * 3) / 0.9)
+
+
+def test_hyper_parameters_and_results(tmp_path):
+    """As the page HParams reads them: settings of each kind, names of metrics, and an end that went well."""
+    log = MetricsLog(tmp_path, 0, 0)
+    log.write_settings(0, {"seed": 3, "flip": True, "network": "tiny", "std": [1, 2]}, ["final/top1"])
+    log.write_result(7, {"final/top1": 0.5})
+    log.close()
+    found = events(tmp_path / "tensorboard")
+    assert found.pop("final/top1").simple_value == 0.5
+    data = {
+        tag: plugin_hparams_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for tag, value in found.items()
+    }
+    assert all(value.metadata.plugin_data.plugin_name == "hparams" for value in found.values())
+    given = data["_hparams_/session_start_info"].session_start_info.hparams
+    assert (given["seed"].number_value, given["flip"].bool_value, given["network"].string_value) == (
+        3,
+        True,
+        "tiny",
+    )
+    assert given["std"].string_value == "[1, 2]"
+    experiment = data["_hparams_/experiment"].experiment
+    assert {info.name for info in experiment.hparam_infos} == {"seed", "flip", "network", "std"}
+    assert [info.name.tag for info in experiment.metric_infos] == ["final/top1"]
+    assert data["_hparams_/session_end_info"].session_end_info.status == api_pb2.Status.Value(
+        "STATUS_SUCCESS"
+    )
 
 
 def test_images_and_histograms(tmp_path):

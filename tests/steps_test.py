@@ -1,6 +1,7 @@
 """The step on methods small enough to follow by hand: two objectives and a frozen part, and dropout."""
 
 import functools
+import textwrap
 from typing import ClassVar
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from harness import Training
 
 from configs import common
 from ffl_jax import methods
-from ffl_jax.training import steps
+from ffl_jax.training import optimizers, steps
 
 SHAPE = (2, 2, 3)
 BATCH = {"image": jnp.zeros((4, *SHAPE)), "label": jnp.zeros(4, jnp.int32)}
@@ -71,6 +72,76 @@ def test_objectives_move_their_own_parameters_from_the_same_point():
     assert float(state.params["c"]) == 5.0
     assert float(state.record["terms"]["first"]) == 4.5 + 5
     assert float(state.record["terms"]["second"]) == 12.5 + 5
+
+
+def seen(made, state, **settings):
+    """The gauges of one step."""
+    step = functools.partial(
+        steps.observed_step, method=made.method, optimizers=made.optimizers, steps_per_epoch=4
+    )
+    return {name: float(x) for name, x in step(state, BATCH, **settings)[1].items()}
+
+
+def test_rates_and_gradient_norms_are_of_each_objective():
+    """Of the parameters that it moves alone: d first / dc is 1 too. By hand, as above."""
+    made = make(Toy(Pair(), 2), learning_rate=0.1)
+    one = seen(made, made.state)
+    assert one.pop("gradient_norm/first") == 3
+    assert one.pop("gradient_norm/second") == 15
+    assert one == pytest.approx({"learning_rate/first": 0.1, "learning_rate/second": 0.1})
+
+
+def test_a_rule_with_a_rate_of_its_own_has_a_name():
+    """Rates are those of the step that was done: the default falls to a tenth at step 4, a rule's never."""
+    rules = (
+        ("first/.*", {"momentum": 0.5}),
+        ("second/.*", {"schedule": "constant", "learning_rate": 0.3}),
+    )
+    default = dict(common.get_config().optimizer.to_dict(), learning_rate=0.5, decay_epochs=(1,))
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
+
+    def rates(trains, *chosen):
+        made = optimizers.make_optimizers(trains, params, default, chosen, 4, 3)
+        norms = dict.fromkeys(made, 0.0)
+        both = [steps.gauges(made, jnp.int32(step), norms) for step in (3, 4)]
+        return {key: [float(x[key]) for x in both] for key in both[0] if "learning" in key}
+
+    assert rates({"loss": ".*"}) == {"learning_rate": pytest.approx([0.5, 0.05])}
+    # A rule that has everything is what there is; one that changes no rate is not worth a name.
+    assert rates({"first": "a", "second": "b"}, *rules) == {
+        "learning_rate/first": pytest.approx([0.5, 0.05]),
+        "learning_rate/second": pytest.approx([0.3, 0.3]),
+    }
+    own = ("loss/b", {"learning_rate": 0.2})
+    assert rates({"loss": ".*"}, own) == {
+        "learning_rate": pytest.approx([0.5, 0.05]),
+        "learning_rate/rule_0": pytest.approx([0.2, 0.02]),
+    }
+    frozen = make(Toy(Pair(), 2), learning_rate=0.1).optimizers["first"].trained
+    assert frozen == {"a": True, "b": False, "c": False}
+
+
+def test_a_gradient_norm_is_joined_over_devices(commands):
+    """Over shares of the batch the mean gradient's, over devices with other sub-networks all of theirs."""
+    script = """
+    import jax, numpy as np
+    from ffl_jax.devices import parallel
+    rng = np.random.default_rng(0)
+    params = {"branches": {"w": rng.normal(size=(4, 3)).astype("f")}, "head": rng.normal(size=5).astype("f")}
+    params["frozen"] = params["head"]
+    trained = {"branches": {"w": True}, "head": True, "frozen": False}
+    batch = np.float32([1, 2, 4, 9])
+    for settings in ({}, {"mode": "shard_map", "num_devices": 4, "subnetworks": 2}):
+        runner = parallel.Parallel(**settings)
+        def norm(params, batch):
+            share = parallel.share(batch).mean()
+            return parallel.norm(parallel.mean(jax.tree.map(lambda x: x * share, params)), trained)
+        program = runner.map(norm, (parallel.OWN, parallel.SHARED))
+        found = runner.fetch(program(runner.place(params, parallel.OWN), runner.place(batch)))
+        wanted = 4 * np.sqrt((params["branches"]["w"] ** 2).sum() + (params["head"] ** 2).sum())
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    """
+    commands.run("-c", textwrap.dedent(script), devices=4)
 
 
 def test_epoch_counts_in_fractions():

@@ -68,6 +68,22 @@ def first(tree):
     return lax.psum(jax.tree.map(lambda x: jnp.where(here, x, jnp.zeros_like(x)), tree), _DATA)
 
 
+def norm(tree, counted) -> jax.Array:
+    """Euclidean norm of the leaves, like parameters, that `counted` says yes to; on whatever devices."""
+    squares = {True: jnp.float32(0), False: jnp.float32(0)}  # by whether they lie on different devices
+    for (path, leaf), yes in zip(
+        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(counted), strict=True
+    ):
+        if yes:
+            squares[_is_stacked(path)] += jnp.square(leaf).sum()
+    here = squares[True]
+    return jnp.sqrt(squares[False] + (lax.psum(here, _SUBNETWORK) if _size(_SUBNETWORK) > 1 else here))
+
+
+def _is_stacked(path) -> bool:
+    return any(getattr(key, "key", None) == _STACKED for key in path)
+
+
 def share(batch: jax.Array) -> jax.Array:
     """This device's contiguous part of a replicated batch [B, ...] -> [B / shares, ...]."""
     if not axis_name():
@@ -312,8 +328,7 @@ class Parallel:
 
         # Parameters, momenta and averages of stacked sub-networks all lie under the same name in their trees.
         def spec(path, leaf):
-            stacked = any(getattr(key, "key", None) == _STACKED for key in path)
-            if stacked and leaf.shape[len(leading)] % self._subnetworks == 0:
+            if _is_stacked(path) and leaf.shape[len(leading)] % self._subnetworks == 0:
                 return PartitionSpec(*leading, _SUBNETWORK)
             return PartitionSpec(*leading)
 

@@ -29,7 +29,7 @@ class Experiment:
       image_shape: (H, W, 3).
       method: a `Method`.
       steps_per_epoch: batches that cover the training split.
-      optimizers: {objective: optax transformation}.
+      optimizers: {objective: its `Optimizer`}.
     """
 
     def __init__(self, config: ConfigDict, dataset: Dataset):
@@ -102,8 +102,12 @@ class Experiment:
         return steps.terms(self.method, *self._abstract_variables, self.image_shape)
 
     def train_step(self, state: steps.TrainState, batch: dict) -> steps.TrainState:
-        """`steps.train_step` with all that the configuration says of it."""
-        return steps.train_step(
+        """The state after `observed_step`, alone."""
+        return self.observed_step(state, batch)[0]
+
+    def observed_step(self, state: steps.TrainState, batch: dict) -> tuple[steps.TrainState, dict]:
+        """`steps.observed_step` with all that the configuration says of it."""
+        return steps.observed_step(
             state,
             batch,
             method=self.method,

@@ -1,9 +1,11 @@
 """The training loop: what is due, do it, step. No maths."""
 
 import contextlib
+import copy
+import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -25,8 +27,15 @@ from ffl_jax.workdir.onlooker import Onlooker
 from ffl_jax.workdir.progress import Pace, Progress
 from ffl_jax.workdir.run_folder import RunFolder
 
+_RESULTS = {f"final/{key}": key for key in ("top1", "top5", "nll", "ece")}  # of a run, in TensorBoard
 
-def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None = None) -> dict:
+
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    dataset: data.Dataset | None = None,
+    callback: Callable[[dict], None] | None = None,
+) -> dict:
     """Trains, or continues, the run in `workdir`, and returns its summary.
 
     With `config.num_seeds` > 1, these are as many runs in one program, in `workdir/seed_N` each.
@@ -35,11 +44,15 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None 
       config: see `training/defaults.py`.
       workdir: made if it is not there.
       dataset: where it is loaded already, in place of the one that `config.data` describes.
+      callback: called with each line that `metrics.jsonl` gets, and its "seed". At the end of this call,
+        however it comes, with the summary, whose "split" is "end". What it raises is said once, and the run
+        goes on without it. Of several processes the first calls it; teachers that are trained do not.
 
     Raises:
       FFLError: with the exit code of what went wrong; `Preempted` when a signal stopped the run and its state
         is saved.
     """
+    tell = functools.partial(Onlooker("callback"), callback or (lambda line: None))
     config_lib.check(config)
     parallel = Parallel(**config.parallel, num_seeds=config.num_seeds)
     parallel.check_batch_size(config.batch_size, config.accumulate)
@@ -64,12 +77,19 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.Dataset | None 
             logging.info("Continuing from step %d of %d.", step, experiment.total_steps)
         if runs.are_complete(step):
             logging.info("%s is complete: %d epochs. Nothing to do.", workdir, config.epochs)
-            return runs.stored_summary(step)
+            return told(runs.stored_summary(step), tell)
         if processes.is_first():
             runs.check_space()
         logging.info("Learning rate: %s", optimizers.course(config.optimizer, config.epochs))
         cost.tell_memory(experiment, parallel)
-        return Loop(runs, parallel, step, locks).train(states)
+        return Loop(runs, parallel, step, locks, tell).train(states)
+
+
+def told(summary: dict, tell: Callable[[dict], None]) -> dict:
+    """A summary, of which the callback has heard."""
+    if processes.is_first():
+        tell(copy.deepcopy({**summary, "split": "end"}))
+    return summary
 
 
 class Loop:
@@ -81,12 +101,19 @@ class Loop:
       line: (record, step) of the latest line of the log, which waits here for the devices; None without one.
     """
 
-    def __init__(self, runs: Runs, parallel: Parallel, step: int, locks: Sequence[checkpoint.lock]):
-        """Args: runs: at that step. locks: of the folders that are written."""
+    def __init__(
+        self,
+        runs: Runs,
+        parallel: Parallel,
+        step: int,
+        locks: Sequence[checkpoint.lock],
+        tell: Callable[[dict], None],
+    ):
+        """Args: runs: at that step. locks: of the folders that are written. tell: `train`'s callback."""
         self.runs, self.parallel, self.experiment = runs, parallel, runs.experiment
         self.config = self.experiment.config
         self.step, self.saved, self.line = step, (step, runs.evaluated_step), None
-        self.locks, self.curves = locks, Onlooker("curves.png")
+        self.locks, self.curves, self.told = locks, Onlooker("curves.png"), tell
         self.pace = Pace()
         self.host = processes.Agreement(self.pace, step)
         self.progress = Progress(
@@ -104,6 +131,8 @@ class Loop:
                 self.runs.stop_watch()
                 self.open(stack)
                 self.loop(self.parallel.place_runs(states))
+                if self.runs.are_complete(self.step):
+                    self.write_results()
         except NonFiniteError:
             self.write_summary("diverged")
             raise
@@ -123,7 +152,13 @@ class Loop:
             "images_per_second": self.progress.images_per_second,
             "start_seconds": self.pace.start_seconds,
         }
-        return self.runs.write_summary(status, self.step, speeds)
+        return told(self.runs.write_summary(status, self.step, speeds), self.told)
+
+    def write_results(self):
+        """The scores of the last evaluation of what is shipped."""
+        for run in self.runs if self.runs.writes else ():
+            scores = run.scores["test"]["predictions"][self.experiment.method.headline]
+            run.folder.log.write_result(self.step, {name: scores[key] for name, key in _RESULTS.items()})
 
     def open(self, stack: contextlib.ExitStack):
         """Makes what the loop needs: the runs' folders, batches, compiled programs."""
@@ -132,6 +167,8 @@ class Loop:
             settings, keep = config_lib.to_json(run.experiment.config), config.checkpoint.keep
             best = dataset.validation is not None
             stack.enter_context(run.folder.open(settings, self.step, run.log_bytes, keep, best, self.guard))
+            trained = config_lib.fixed_part(settings) | {"epochs": config.epochs}
+            run.folder.log.write_settings(self.step, config_lib.flatten(trained), list(_RESULTS))
         self.inputs = data.train_input(dataset.train, config, self.parallel, method.num_views)
         stack.callback(self.inputs.close)
         self.batches = None
@@ -238,10 +275,15 @@ class Loop:
             scores = {name: metrics.classification_scores(sums) for name, sums in one["predictions"].items()}
             means.append((sum(terms[name] for name in method.trains), scores[method.headline]["top1"]))
             if self.runs.writes:
-                run.folder.log.write(step, epoch, "train", terms | metrics.by_name(scores))
+                gauges = {name: float(x) for name, x in one["gauges"].items()}
+                self.log(run, step, epoch, "train", terms | metrics.by_name(scores), gauges)
                 if speed:
                     run.folder.log.write_speed(step, speed)
         self.progress.show(step, *np.mean(means, axis=0))
+
+    def log(self, run: Run, *line):
+        """Writes a line, which the callback gets too; see `MetricsLog.write`."""
+        self.told({**run.folder.log.write(*line), "seed": run.experiment.config.seed})
 
     def evaluate(self, state):
         """Scores every split; keeps the state if validation prefers it, draws the curves, sounds alarms.
@@ -268,7 +310,7 @@ class Loop:
         for split, one in run.scores.items() if self.runs.writes else ():
             diversity = metrics.pair_means(one["diversity"])
             scalars = metrics.by_name(one["predictions"]) | metrics.by_name({"diversity": diversity})
-            run.folder.log.write(self.step, epoch, split, scalars)
+            self.log(run, self.step, epoch, split, scalars)
         if "validation" in run.scores:
             top1 = run.scores["validation"]["predictions"][self.experiment.method.headline]["top1"]
             if run.best is None or top1 > run.best["validation_top1"]:
@@ -303,7 +345,7 @@ class Loop:
                 for name in one["predictions"]
             }
             shown = "  ".join(f"{name} {100 * top1:.2f}%" for name, top1 in means.items())
-            logging.info("epoch %g, %s%s: %s", epoch, split, over, shown)
+            self.progress.tell(f"epoch {epoch:g}, {split}{over}: {shown}")
 
     def save(self, state):
         """Begins to save every run; raises NonFiniteError instead where one is beyond use."""

@@ -1,7 +1,8 @@
 """From configuration to one optax transformation for each objective of a method."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -11,6 +12,23 @@ from ffl_jax.registry import nearest
 
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("step", "cosine", "constant")
+_RATE = ("learning_rate", "schedule", "decay_epochs", "decay_factor", "warmup_epochs")  # what makes a rate
+
+
+class Optimizer(NamedTuple):
+    """An `optax.GradientTransformation` of the whole parameter tree, and what a log shows of it.
+
+    Attributes:
+      init, update: see there.
+      rates: {name: step -> learning rate}. "" is that of the parameters that no rule names, or that the last
+        of the rules does where they name all; "/rule_N" that of the rule number N, where it has its own.
+      trained: a tree like the parameters that says of each whether it moves.
+    """
+
+    init: Callable
+    update: Callable
+    rates: dict[str, optax.Schedule]
+    trained: Any
 
 
 def learning_rate_schedule(settings: Mapping, steps_per_epoch: int, epochs: int) -> optax.Schedule:
@@ -115,8 +133,8 @@ def merge_rules(default: Mapping, rules: Sequence) -> list[tuple[str, dict]]:
 
 def make_optimizers(
     trains: Mapping[str, str], params, default: Mapping, rules: Sequence, steps_per_epoch: int, epochs: int
-) -> dict[str, optax.GradientTransformation]:
-    """{objective: transformation of the whole parameter tree}.
+) -> dict[str, Optimizer]:
+    """{objective: its optimiser}.
 
     Args:
       trains: objective -> regex over parameter paths such as "fusion/head/kernel"; what it does not match in
@@ -149,10 +167,26 @@ def make_optimizers(
             else optimizer(table[int(name)][1], steps_per_epoch, epochs)
             for name in sorted(set(jax.tree.leaves(labels)))
         }
-        optimizers[objective] = optax.multi_transform(groups, labels)
+        used = sorted(int(name) for name in groups if name != "frozen") or [len(rules)]
+        rates = {
+            name: learning_rate_schedule(settings, steps_per_epoch, epochs)
+            for name, settings in _rates(table, used).items()
+        }
+        trained = jax.tree.map(lambda name: name != "frozen", labels)
+        optimizers[objective] = Optimizer(*optax.multi_transform(groups, labels), rates, trained)
     if unused:
         raise ConfigError(
             f"optimizer_rules: {table[min(unused)][0]!r} matches no parameter of an objective "
             f"({', '.join(trains)}): write it as objective/path, for instance 'loss/fusion/.*'."
         )
     return optimizers
+
+
+def _rates(table, used: Sequence[int]) -> dict[str, dict]:
+    """{name: settings} of `Optimizer.rates`, from the rows of a table that an objective uses, ascending."""
+    *others, last = used
+    rates = {"": table[last][1]}
+    for index in others:
+        if any(table[index][1][key] != rates[""][key] for key in _RATE):
+            rates[f"/rule_{index}"] = table[index][1]
+    return rates

@@ -15,23 +15,28 @@ _SHOWN = 32  # images of a training batch
 
 
 def training(experiment: Experiment, inputs, parallel: Parallel) -> Callable:
-    """(state, arrays of `inputs`, how many steps) -> (state, its record).
+    """(state, arrays of `inputs`, how many steps) -> (state, its record with the last step's `gauges`).
 
     How many steps it takes does not change the program, and so not the bits.
     """
     per_epoch, every = experiment.steps_per_epoch, experiment.config.log_every_steps
 
+    norms = dict.fromkeys(experiment.optimizers, 0.0)
+    names = jax.eval_shape(lambda: steps.gauges(experiment.optimizers, 0, norms))
+    no_gauges = dict.fromkeys(names, np.float32(0))
+
     def program(state, arrays, count):
-        def step(_, state):
+        def step(_, carry):
+            state, _ = carry
             # A line of the log was written, or the run begins.
             fresh = (state.step % per_epoch == 0) | (state.step % every == 0)
             state = state.replace(record=jax.tree.map(lambda x: jnp.where(fresh, 0, x), state.record))
-            return experiment.train_step(state, inputs.batch(arrays, state.step))
+            return experiment.observed_step(state, inputs.batch(arrays, state.step))
 
         # The number of rounds is the same for all runs: were it each run's own, `vmap` would compute, in
         # every round, the old and the new state of each and choose.
-        state = jax.lax.fori_loop(0, count, step, state)
-        return state, state.record
+        state, seen = jax.lax.fori_loop(0, count, step, (state, no_gauges))
+        return state, {**state.record, "gauges": seen}
 
     return parallel.map(program, (OWN, inputs.kinds, SHARED), (0, OWN), donate=(0,))
 

@@ -152,7 +152,12 @@ def prediction_sums(method, outputs, labels, weights=None):
     )
 
 
-def train_step(
+def train_step(state: TrainState, batch: dict[str, jax.Array], **settings) -> TrainState:
+    """The state after `observed_step`, alone."""
+    return observed_step(state, batch, **settings)[0]
+
+
+def observed_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     *,
@@ -169,14 +174,14 @@ def train_step(
       batch: `image` [B, H, W, 3], or [K, B, H, W, 3] where the method asks for views, normalised, and `label`
         int [B]; this device's part of it.
       method: a `Method`.
-      optimizers: {objective: optax transformation}.
+      optimizers: {objective: its `Optimizer`}.
       steps_per_epoch: turns steps into the epochs that a method's ramps count in.
       precision: one of `PRECISIONS`.
       accumulate: how many equal parts, one after another, the batch is taken in; the gradient is their mean.
         Batch statistics, and what a loss takes over the batch, are those of a part.
 
     Returns:
-      The state after the step.
+      The state after the step, and its `gauges`.
     """
 
     gradients = functools.partial(
@@ -188,22 +193,43 @@ def train_step(
         by_objective, model_state, record = _accumulated(
             gradients, state.model_state, batch, accumulate, list(optimizers), state.params
         )
-    params, opt_state = state.params, {}
+    params, opt_state, seen = state.params, {}, {}
     for objective, gradient in by_objective.items():
-        updates, opt_state[objective] = optimizers[objective].update(
-            parallel.mean(gradient), state.opt_state[objective], state.params
-        )
+        gradient, optimizer = parallel.mean(gradient), optimizers[objective]
+        updates, opt_state[objective] = optimizer.update(gradient, state.opt_state[objective], state.params)
+        seen[objective] = parallel.norm(gradient, optimizer.trained)
         params = optax.apply_updates(params, updates)
     # Batch norm has already joined its statistics over the devices; this keeps any other state equal, and
     # that of frozen networks as it was, to the bit.
     model_state = method.after_step(params, parallel.first(model_state), state.step)
-    return state.replace(
+    after = state.replace(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
         model_state=model_state,
         record=jax.tree.map(jnp.add, state.record, record),
     )
+    return after, gauges(optimizers, state.step, seen)
+
+
+def gauges(optimizers, step, norms) -> dict[str, jax.Array]:
+    """What a step shows beside its sums: {name: float32}, of this one step, so that no checkpoint holds it.
+
+    `learning_rate` and `gradient_norm`, the Euclidean norm over the parameters that move, before weight
+    decay; with several objectives `gradient_norm/OBJECTIVE` and so on. A rule with a rate of its own has
+    `learning_rate/rule_N` beside it.
+
+    Args:
+      optimizers: {objective: its `Optimizer`}.
+      step: int32, the number of the step from 0 on.
+      norms: {objective: its gradient's}.
+    """
+    seen = {}
+    for objective, optimizer in optimizers.items():
+        place = f"/{objective}" if len(optimizers) > 1 else ""
+        seen |= {f"learning_rate{place}{rule}": rate(step) for rule, rate in optimizer.rates.items()}
+        seen[f"gradient_norm{place}"] = norms[objective]
+    return {name: jnp.asarray(value, jnp.float32) for name, value in seen.items()}
 
 
 def _gradients(state, model_state, part, index=None, *, method, steps_per_epoch, precision):

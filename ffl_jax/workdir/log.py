@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +17,47 @@ from ffl_jax.errors import ConfigError, of_system
 from ffl_jax.workdir import files
 from ffl_jax.workdir.onlooker import Onlooker
 from ffl_jax.workdir.tensorboard import Events
+
+
+class Stretches:
+    """Joins training's lines that cover little to the next one.
+
+    A mean over five steps beside means over a hundred is a spike that says nothing. So it is with the last
+    line of an epoch beside a multiple of `log_every_steps`.
+    """
+
+    def __init__(self):
+        self._end = self._longest = 0.0  # epochs
+        self._waiting: list[tuple[float, dict]] = []  # (how much it covers, row)
+
+    def add(self, row: dict) -> dict | None:
+        """The row joined with those that wait, or None: it waits. Of another split, the row itself."""
+        if row["split"] != "train":
+            return row
+        length, self._end = max(0.0, row["epoch"] - self._end), row["epoch"]
+        self._longest = max(self._longest, length)
+        self._waiting.append((length, row))
+        if sum(length for length, _ in self._waiting) < self._longest / 2:
+            return None
+        joined, self._waiting = _mean(self._waiting), []
+        return joined
+
+
+def over_stretches(rows: Iterable[dict]) -> list[dict]:
+    """Rows of `metrics.jsonl` with training's joined; without those that wait still."""
+    stretches = Stretches()
+    return [joined for row in rows if (joined := stretches.add(row))]
+
+
+def _mean(parts: list[tuple[float, dict]]) -> dict:
+    """The last row, where each number that all have is the mean, weighted by what each covers."""
+    lengths, rows = zip(*parts, strict=True)
+    last, total = rows[-1], sum(lengths)
+    if len(rows) == 1 or total <= 0:
+        return last
+    shared = [name for name in last if all(isinstance(row.get(name), int | float) for row in rows)]
+    means = {name: sum(x * row[name] for x, row in parts) / total for name in shared}
+    return last | means | {key: last[key] for key in ("step", "epoch") if key in last}
 
 
 class MetricsLog:
@@ -41,19 +83,49 @@ class MetricsLog:
             self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115, held open for the run
         self._board, self._wandb, self._wandb_run = Onlooker("TensorBoard"), Onlooker("W&B"), wandb_run
         self._events = self._board(Events, workdir / "tensorboard", step + 1 if step else None)
+        self._stretches = Stretches()
+        for row in self.rows:
+            self._stretches.add(row)
 
     @property
     def size(self) -> int:
         """Bytes in the file."""
         return self._file.seek(0, os.SEEK_END)
 
-    def write(self, step: int, epoch: float, split: str, scalars: dict[str, float]):
-        """Adds one line."""
+    def write(
+        self,
+        step: int,
+        epoch: float,
+        split: str,
+        scalars: dict[str, float],
+        gauges: dict[str, float] = types.MappingProxyType({}),
+    ) -> dict:
+        """Adds one line and returns it. Training's are shown as `Stretches` joins them.
+
+        Args: scalars: means over what the line covers. gauges: of its last step alone.
+        """
         self._guard()
-        self.rows.append({"step": step, "epoch": epoch, "split": split, **scalars})
+        # JSON has finite numbers alone, and what a gradient overflows to shows in the next step's terms.
+        gauges = {name: x for name, x in gauges.items() if math.isfinite(x) and name not in scalars}
+        self.rows.append({"step": step, "epoch": epoch, "split": split, **scalars, **gauges})
         with self._refusals():
             _write_all(self._file, (json.dumps(self.rows[-1]) + "\n").encode())
-        self._show(step, {f"{split}/{name}": value for name, value in scalars.items()})
+        joined = self._stretches.add(self.rows[-1])
+        shown = {name: joined[name] for name in scalars if joined} | gauges
+        self._show(step, {f"{split}/{name}": value for name, value in shown.items()})
+        return self.rows[-1]
+
+    def write_settings(self, step: int, settings: dict, metrics: Sequence[str]):
+        """JSON-able hyper-parameters, and the names of what `write_result` will say, to TensorBoard alone."""
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for key, value in settings.items()
+        }
+        self._board(lambda: self._events.settings(step, plain, metrics))
+
+    def write_result(self, step: int, metrics: dict[str, float]):
+        """What became of the run, to TensorBoard alone."""
+        self._board(lambda: self._events.result(step, metrics))
 
     def write_speed(self, step: int, images_per_second: float):
         """Not to the file."""

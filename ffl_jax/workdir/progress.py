@@ -41,6 +41,7 @@ class Progress:
         self._bar = tqdm.tqdm(
             total=total_steps, initial=step, unit="step", disable=not self._terminal, dynamic_ncols=True
         )
+        self._tells = not (self._silent or logging.root.handlers)
         self._redirection = contextlib.ExitStack()
         if self._terminal:  # log lines go above the bar, not into it
             self._redirection.enter_context(logging_redirect_tqdm())
@@ -80,6 +81,12 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def tell(self, text: str):
+        """A line of the log; printed where nobody has set one up, as in a notebook."""
+        logging.info(text)
+        if self._tells:
+            tqdm.tqdm.write(text, file=sys.stderr)
 
     def restart_clock(self):
         """Leaves what happened since the last `show` out of the speed."""

@@ -1,6 +1,7 @@
 """Event files for TensorBoard, written at once: a thread of tensorboardX would tell its errors to nobody."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,17 @@ class Events:
 
     def histogram(self, step: int, name: str, values: np.ndarray):
         self._write(step, summary=summary.histogram(name, values, _BINS))
+
+    def settings(self, step: int, settings: dict[str, bool | float | str], metrics: Sequence[str]):
+        """A row of the page HParams, with a column for each setting and each metric."""
+        for one in summary.hparams(settings, dict.fromkeys(metrics))[:2]:
+            self._write(step, summary=one)
+
+    def result(self, step: int, metrics: dict[str, float]):
+        """The metrics of that row, and that the run is complete."""
+        for name, value in metrics.items():
+            self.scalar(step, name, value)
+        self._write(step, summary=summary.hparams({}, {})[2])
 
     def flush(self):
         self._writer.flush()
