@@ -45,3 +45,16 @@ def test_how_subnetworks_differ_is_a_panel_of_its_own(tmp_path):
 @pytest.mark.parametrize("rows", [[], TRAIN[:1], [{"epoch": 1.0, "split": "test"}, *TEST]])
 def test_curves_of_a_run_that_has_only_begun_or_lost_lines(tmp_path, rows):
     draw(tmp_path, rows)
+
+
+def test_a_line_that_covers_little_makes_no_spike(tmp_path):
+    """It is drawn with the next one: whatever it says of three steps, it weighs as much as they do."""
+    rows = [
+        TRAIN[0],
+        {**TRAIN[1], "epoch": 1.06, "echo": 0.4},
+        {**TRAIN[1], "epoch": 2.0, "echo": 0.1},
+        *TEST,
+    ]
+    mean = (0.06 * 0.4 + 0.94 * 0.1) / 1.0
+    joined = [TRAIN[0], {**TRAIN[1], "echo": mean}, *TEST]
+    assert (draw(tmp_path, rows) == draw(tmp_path, joined)).all()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ffl_jax.reporting import comparability
 from ffl_jax.reporting.cells import scaled
@@ -108,8 +109,25 @@ def labelled(figure, pairs, x, y):
     entries = {}
     for _, axes in pairs:  # the first group's colours, which those of independent training are not
         entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) | entries
-    figure.legend(entries.values(), entries, loc="outside upper right", ncols=len(entries))
+    legend(figure, entries, "outside upper right", len(entries))
     return figure
+
+
+def legend(figure, entries: dict, place: str, columns: int):
+    """A legend of {label: handle} outside the panels, in as many columns as there is room for, or fewer."""
+    for ncols in range(min(columns, len(entries)), 0, -1):
+        made = figure.legend(entries.values(), entries, loc=place, ncols=ncols)
+        if ncols == 1 or made.get_window_extent().width < figure.bbox.width:
+            return
+        made.remove()
+
+
+def within(axis, low: float | None = None, high: float | None = None):
+    """Cuts an axis, `axes.xaxis` or `axes.yaxis`, off where nothing can be: an accuracy ends at 100 %."""
+    begin, end = axis.get_view_interval()
+    begin, end = begin if low is None else max(low, begin), end if high is None else min(high, end)
+    if begin < end:  # else all that a damaged file holds is there
+        axis.axes.set(**{f"{axis.axis_name}lim": (begin, end)})
 
 
 def name_ends(axes, ends: list[tuple[float, float, str, str]]):
@@ -152,6 +170,9 @@ def plain_ticks(axes, values):
     ticks = ticks[(ticks >= low) & (ticks <= high)]
     if len(ticks) > 7:
         ticks = ticks[:: math.ceil(len(ticks) / 7)]
+    if len(ticks) < 3:
+        ticks = MaxNLocator(4).tick_values(low, high)
+        ticks = ticks[(ticks >= low) & (ticks <= high)]
     axes.set_xticks(ticks, [scaled(tick) if tick >= 1 else f"{tick:.2g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlim(low, high)

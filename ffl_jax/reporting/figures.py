@@ -18,14 +18,17 @@ from ffl_jax.reporting.drawing import (
     draw_line,
     labelled,
     late_values,
+    legend,
     name_ends,
     plain_ticks,
     render,
     small_multiples,
+    within,
 )
 from ffl_jax.reporting.groups import BASELINE, Group, baseline, difference
 from ffl_jax.reporting.statistics import spread
 
+_BARS = {True: "mean over seeds, shipped", False: "shipped, one seed"}  # by whether there are several
 _FEW = 10  # images of a bin, whose share of right answers is chance
 
 
@@ -82,16 +85,20 @@ def _accuracy(groups: Sequence[Group], theme: Theme) -> Figure:
                 style = {"marker": marker, "s": 26, "facecolors": "none", "edgecolors": theme.second}
                 left.scatter(100 * top1.mean, y, **style, linewidths=1.1, zorder=2, label=kind)
         values = 100 * np.array(group.scores(group.shipped, "top1"), float)
-        left.scatter(values, [y] * len(values), s=16, color=color, alpha=0.55, linewidths=0, label="one seed")
-        left.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2.4, label="mean, shipped")
+        bar = _BARS[len(values) > 1]
+        if bar == _BARS[True]:
+            style = {"s": 16, "color": color, "alpha": 0.55, "linewidths": 0}
+            left.scatter(values, [y] * len(values), **style, label="one seed")
+        left.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2.4, label=bar)
     alone = [group for group in groups if group.method == BASELINE]
     if len(alone) == 1:
         left.axvline(100 * alone[0].top1, color=theme.reference, linewidth=1, linestyle="--", zorder=1)
     left.set_yticks(range(len(ordered)), [comparability.name(group, groups) for group in ordered])
     left.set(title="Test top-1 of what is shipped", xlabel="%", ylim=(-0.7, len(ordered) - 0.3))
+    within(left.xaxis, 0, 100)
     entries = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
-    entries = {label: entries[label] for label in ("mean, shipped", "one seed", *marks) if label in entries}
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=4)
+    order = (_BARS[True], "one seed", _BARS[False], *marks)
+    legend(figure, {label: entries[label] for label in order if label in entries}, "outside lower center", 5)
     if compared:
         _differences(both[1], ordered, references, theme)
     return figure
@@ -121,9 +128,14 @@ def _accuracy_curves(groups: Sequence[Group], theme: Theme) -> Figure | None:
             behind = {"style": "--", "band": False, "zorder": 1}
             yield reference, "test", {"color": theme.reference, "label": BASELINE} | behind
         color = theme.reference if group.method == BASELINE else theme.accent
-        yield group, "test", {"color": color, "label": "shipped: mean ± std over seeds"}
+        yield group, "test", {"color": color, "label": f"shipped{_over(group)}"}
 
-    return _curves(groups, lines, "top1", 100, "test top-1, %", "bottom")
+    return _curves(groups, lines, "top1", 100, "test top-1, %", "bottom", 100)
+
+
+def _over(group: Group) -> str:
+    """What a line with its band is, behind its name."""
+    return ": mean ± std over seeds" if len(group.runs) > 1 else ", one seed"
 
 
 def _loss_curves(groups: Sequence[Group], theme: Theme) -> Figure | None:
@@ -131,18 +143,21 @@ def _loss_curves(groups: Sequence[Group], theme: Theme) -> Figure | None:
 
     def lines(group):
         for split, (color, label) in splits.items():
-            yield group, split, {"color": color, "label": f"{label}: mean ± std over seeds"}
+            yield group, split, {"color": color, "label": f"{label}{_over(group)}"}
 
-    return _curves(groups, lines, "nll", 1, "cross-entropy, nats", "top")
+    return _curves(groups, lines, "nll", 1, "cross-entropy, nats", "top", None)
 
 
-def _curves(groups, lines: Callable, score: str, factor: float, label: str, side: str) -> Figure | None:
+def _curves(
+    groups, lines: Callable, score: str, factor: float, label: str, side: str, most: float | None
+) -> Figure | None:
     """A panel for each group, of what groups ship over the epochs; None where nothing is recorded.
 
     Args:
       lines: group -> (group, split, options of `draw_line`) of each line in its panel.
       score, factor, label: what is shown, times which factor, and how the axis calls it.
       side: "top" or "bottom", where long curves may begin outside.
+      most: that it can be; the least is 0.
     """
     drawn = {}
     for group in groups:
@@ -161,8 +176,9 @@ def _curves(groups, lines: Callable, score: str, factor: float, label: str, side
     late = late_values([curve for of in drawn.values() for curve, _ in of])
     if late is not None:
         margin = 0.1 * np.ptp(late)
-        limit = late.max() + margin if side == "top" else max(0, late.min() - margin)
+        limit = late.max() + margin if side == "top" else late.min() - margin
         pairs[0][1].set_ylim(**{side: limit})
+    within(pairs[0][1].yaxis, 0, most)
     return labelled(figure, pairs, "epoch", label)
 
 
@@ -210,13 +226,13 @@ def _bins(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
 
 def _diversity(groups: Sequence[Group], theme: Theme) -> Figure | None:
     """Three panels over the epochs, a line for each group with its name at the end."""
-    panels = {
-        "different answers, %": ("diversity/disagreement", 100),
-        "KL of the probabilities, nats": ("diversity/kl", 1),
-        "linear CKA of the features": ("diversity/cka", 1),
+    panels = {  # key, factor, the most that it can be
+        "different answers, %": ("diversity/disagreement", 100, 100),
+        "KL of the probabilities, nats": ("diversity/kl", 1, None),
+        "linear CKA of the features": ("diversity/cka", 1, 1),
     }
     curves = {
-        label: [(group, curve) for group in groups if (curve := group.curve("test", *shown))]
+        label: [(group, curve) for group in groups if (curve := group.curve("test", *shown[:2]))]
         for label, shown in panels.items()
     }
     if not any(curves.values()):
@@ -234,6 +250,7 @@ def _diversity(groups: Sequence[Group], theme: Theme) -> Figure | None:
             name = comparability.name(group, groups)
             ends.append((curve[0][-1], curve[1].mean(axis=0)[-1], name, color))
         axes.set_xlim(left=0)
+        within(axes.yaxis, 0, panels[label][2])
         name_ends(axes, ends)
         axes.set(title=label, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -297,6 +314,7 @@ def _running_cost(axes, points, groups, theme):
     axes.set_xscale("log")
     plain_ticks(axes, flops)
     axes.margins(x=0.15, y=0.12)
+    within(axes.yaxis, 0, 100)
     axes.legend(loc="lower right")
 
 
@@ -313,6 +331,7 @@ def _training_cost(axes, training, groups, theme):
     axes.set_xscale("log")
     plain_ticks(axes, x)
     axes.margins(x=0.1, y=0.08)
+    within(axes.yaxis, 0, 100)
     ends = [
         (a, b, comparability.name(group, groups), theme.reference if one else theme.text)
         for a, b, group, one in zip(x, y, shown, alone, strict=True)
@@ -324,16 +343,16 @@ _FIGURES = {
     "accuracy": (
         _accuracy,
         "At a glance",
-        "Dots are seeds, bars their mean, open marks the means of other predictions; the dashed line is "
-        "independent training. Right: intervals that leave out zero are coloured; one in twenty does so "
-        "by chance.",
+        "Dots are seeds, bars their mean, or the one seed that there is; open marks are the same of other "
+        "predictions, the dashed line of independent training. Right, where methods are compared with it: "
+        "intervals that leave out zero are coloured; one in twenty does so by chance.",
         "nothing to show",
     ),
     "curves": (
         _accuracy_curves,
         "Test accuracy over the epochs",
-        "The shipped prediction's mean and sample standard deviation over seeds; dashed grey: independent "
-        "training. Of long runs, the first quarter may lie outside.",
+        "The shipped prediction's mean and sample standard deviation over seeds, or the one seed that there "
+        "is; dashed grey: independent training. Of long runs, the first quarter may lie outside.",
         "no epoch is in metrics.jsonl of all seeds of a row",
     ),
     "losses": (

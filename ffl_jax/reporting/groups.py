@@ -9,6 +9,7 @@ import numpy as np
 from ffl_jax.methods.base import ENSEMBLE, FUSED, NETWORK, TEACHER
 from ffl_jax.reporting.runs import FinishedRun, Unusable
 from ffl_jax.reporting.statistics import Difference, Spread, paired_difference, spread
+from ffl_jax.workdir.log import over_stretches
 
 BASELINE = "independent"
 _RANKS = {NETWORK: 0, ENSEMBLE: 1, FUSED: 1, TEACHER: 2}
@@ -90,7 +91,7 @@ class Group:
         lines = [
             {
                 row["epoch"]: factor * row[key]
-                for row in run.metrics
+                for row in over_stretches(run.metrics)
                 if row["split"] == split and _number(row.get(key)) is not None
             }
             for run in self.runs

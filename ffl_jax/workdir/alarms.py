@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ffl_jax.workdir.log import over_stretches
+
 _RISES = 3  # epochs in a row
 
 
@@ -42,7 +44,7 @@ def growing(rows: Sequence[dict], num_classes: int, knowledge: Sequence[str]) ->
     found, bound = {}, 3 * math.log(num_classes)
     for split, name in (*(("train", name) for name in knowledge), ("test", "diversity/kl")):
         by_epoch = defaultdict(list)
-        for row in rows:
+        for row in over_stretches(rows):
             if row["split"] == split and name in row:
                 by_epoch[math.ceil(row["epoch"])].append(row[name])
         means = [float(np.mean(by_epoch[epoch])) for epoch in sorted(by_epoch)][-_RISES - 1 :]

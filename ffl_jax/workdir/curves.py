@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ffl_jax.workdir.files import write_bytes
+from ffl_jax.workdir.log import over_stretches
 
 _STYLES = {"labels": "-", "knowledge": "--"}  # of a term, by its kind
 
@@ -45,7 +46,7 @@ def draw_curves(
     figure = Figure(figsize=(15 if different else 11, 4.4), layout="constrained")
     losses, accuracy, *more = figure.subplots(1, 3 if different else 2)
 
-    train = [row for row in rows if row["split"] == "train"]
+    train = [row for row in over_stretches(rows) if row["split"] == "train"]
     for name, learner in learners.items():
         _plot(losses, train, name, _STYLES[terms[name][0]], **looks[learner])
     losses.set(title="Training: cross-entropy (–) and distillation (- -)", ylabel="nats per example")
@@ -54,7 +55,8 @@ def draw_curves(
         for name in predictions:
             _plot(accuracy, of, f"{name}/top1", style, 100, **looks[name])
     shown = " (–) and ".join(scored) + (" (- -)" if len(scored) == 2 else "")
-    accuracy.set(title=f"Top-1 accuracy, {shown} split", ylabel="%")
+    low, high = accuracy.get_ylim()
+    accuracy.set(title=f"Top-1 accuracy, {shown} split", ylabel="%", ylim=(max(0, low), min(100, high)))
     for axes in more:
         _draw_differences(axes, different)
     last = max((row["epoch"] for row in rows), default=1.0)
