@@ -109,7 +109,7 @@ def user(one_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(report, "write", reported)  # report_test.py draws
     monkeypatch.setattr(loop, "train", trained)
-    monkeypatch.setattr(sweep, "run", lambda words: run(f"python -m {shlex.join(words[2:])}") or 0)
+    monkeypatch.setattr(sweep, "run", lambda words, *_: run(f"python -m {shlex.join(words[2:])}") or 0)
     monkeypatch.setattr(speed, "Benchmark", NoBenchmark)
 
     def run(line):

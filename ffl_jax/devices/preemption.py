@@ -50,11 +50,11 @@ def requested() -> bool:
 def deferred():
     """Inside, a signal only sets `requested`; outside there is nothing to save, and it ends the process."""
     global _deferred
-    _deferred = True
+    before, _deferred = _deferred, True
     try:
         yield
     finally:
-        _deferred = False
+        _deferred = before
 
 
 def stop(step: int) -> Preempted:

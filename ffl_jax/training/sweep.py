@@ -1,14 +1,11 @@
-"""Sweeps: the runs that lists of methods, networks and seeds multiply to, one after another or by Slurm."""
+"""Sweeps: the runs that lists of methods, networks and seeds multiply to, and how they are run."""
 
+import concurrent.futures
 import dataclasses
-import os
+import queue
 import re
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,8 @@ from ffl_jax.devices import preemption
 from ffl_jax.errors import ConfigError, DatasetError, FFLError, Preempted, ResourceError
 from ffl_jax.methods import METHODS
 from ffl_jax.training import config as config_lib
+from ffl_jax.training.slots import deal, run
 from ffl_jax.workdir import files
-from ffl_jax.workdir.paths import ROOT
 
 _PROGRAM = [sys.executable, "-m", "ffl_jax.main"]
 # After these there is no point in the next run: it would end in the same way.
@@ -119,27 +116,63 @@ def _span(title, seeds):
     return f"{title.replace('seed', 'seeds')}{seeds[0]}-{seeds[-1]}"
 
 
-def train(jobs: list[Job]) -> dict[str, int]:
+def train(jobs: list[Job], at_once: int = 1) -> dict[str, int]:
     """Runs the jobs that are not complete; returns {title: exit code} of those that failed.
 
+    Args:
+      at_once: how many run at the same time. They divide the machine, and each line says whose it is.
+
     Raises:
-      Preempted: a signal came; the run that it stopped is saved.
+      Preempted: a signal came; the runs that it stopped are saved.
     """
-    failed = {}
-    for number, job in enumerate(jobs, 1):
-        where = f"[{number}/{len(jobs)}] {job.title}"
-        if is_complete(job):
+    at_once = max(1, min(at_once, sum(not is_complete(job) for job in jobs)))
+    free, codes = queue.SimpleQueue(), [0] * len(jobs)
+    for slot in deal(at_once):
+        free.put(slot)
+
+    def stopping():
+        return preemption.requested() or Preempted.exit_code in codes
+
+    def work(index):
+        where = f"[{index + 1}/{len(jobs)}] {jobs[index].title}"
+        if stopping():
+            return
+        if is_complete(jobs[index]):
             print(f"{where}: complete", flush=True)
-            continue
-        print(where, flush=True)
-        code = run([*_PROGRAM, *job.arguments])
-        if code == Preempted.exit_code or preemption.requested():
-            raise Preempted(f"stopped in {job.title}: run the same command again to continue.")
-        if code:
-            failed[job.title] = code
-        if code in _HOPELESS:
-            break
-    return failed
+        elif any(code in _HOPELESS for code in codes):
+            print(f"{where}: not started, for it would end in the same way", flush=True)
+        else:
+            print(where, flush=True)
+            slot = free.get()
+            try:
+                codes[index] = _run(jobs[index], slot, where if at_once > 1 else "", stopping)
+            finally:
+                free.put(slot)
+
+    with preemption.deferred(), concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        # One after another they are run by this thread, as a terminal expects.
+        list((pool.map if at_once > 1 else map)(work, range(len(jobs))))
+    if stopping():
+        stopped = [job.title for job, code in zip(jobs, codes, strict=True) if code == Preempted.exit_code]
+        first, others = (stopped or ["the sweep"])[0], f", and {len(stopped) - 1} more" if stopped[1:] else ""
+        raise Preempted(f"stopped in {first}{others}: run the same command again to continue.")
+    return {job.title: code for job, code in zip(jobs, codes, strict=True) if code}
+
+
+def _run(job, slot, prefix, stopping) -> int:
+    """Its exit code; with a prefix, a line for its end as well."""
+    arguments = [*_PROGRAM, *job.arguments]
+    if not prefix:
+        return run(arguments)
+    code = run(arguments, slot, prefix, stopping)
+    print(f"{prefix}: {_ended(code) if code else 'done'}", flush=True)
+    return code
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return f"was ended by {({one.value: one.name for one in signal.Signals}).get(-code, -code)}"
 
 
 def failure(failed: dict[str, int]) -> FFLError:
@@ -147,28 +180,13 @@ def failure(failed: dict[str, int]) -> FFLError:
     (title, code), *more = failed.items()
     others = f", and {len(more)} more" if more else ""
     if code < 0:
-        names = {one.value: one.name for one in signal.Signals}
         return ResourceError(
-            f"{title} was ended by {names.get(-code, -code)}{others}; SIGKILL is often the system's, for "
-            "want of memory: look at its log (dmesg), or lower config.batch_size; run again to continue."
+            f"{title} {_ended(code)}{others}; SIGKILL is often the system's, for want of memory: look at its "
+            "log (dmesg), or lower config.batch_size; run again to continue."
         )
-    error = FFLError(f"{title} ended with exit code {code}{others}: see above; run again to try once more.")
+    error = FFLError(f"{title} {_ended(code)}{others}: see above; run again to try once more.")
     error.exit_code = code
     return error
-
-
-def run(arguments: list[str]) -> int:
-    """Runs a process to its end; a signal that comes here is passed on, once, and waited for."""
-    # In a session of its own: Ctrl-C would reach it a second time, and a second signal ends it at once.
-    process = subprocess.Popen(arguments, start_new_session=True)
-    told = False
-    with preemption.deferred():
-        while process.poll() is None:
-            if preemption.requested() and not told:
-                process.terminate()
-                told = True
-            time.sleep(0.1)
-    return process.returncode
 
 
 def is_complete(job: Job) -> bool:
@@ -184,48 +202,3 @@ def is_complete(job: Job) -> bool:
         return same and stored["epochs"] == wanted["epochs"]
     except (KeyError, TypeError, AttributeError, ConfigError):  # not of this version, or damaged
         return False
-
-
-def submit(jobs: list[Job], file: str, overrides: list[str], output: Path, options: list[str]) -> str:
-    """Hands an array of jobs to Slurm, and after them the report; returns what to tell the user.
-
-    Args:
-      jobs, file, overrides, output: of `plan`, with a job for each seed.
-      options: of sbatch.
-
-    Raises:
-      ConfigError: there is no sbatch, or it refuses.
-    """
-    if not shutil.which("sbatch"):
-        raise ConfigError("--slurm: there is no sbatch on this machine: run it where jobs are submitted.")
-    lists = {
-        "METHODS": [job.method for job in jobs],
-        "NETWORKS": [job.network for job in jobs],
-        "SEEDS": [str(job.seeds[0]) for job in jobs],
-    }
-    settings = {name: " ".join(dict.fromkeys(values)) for name, values in lists.items()}
-    settings |= {"CONFIG": file, "RUNS": str(output)}
-    array = [f"--array=0-{len(jobs) - 1}", *options, "launch/slurm.sbatch", *overrides]
-    number = _sbatch(array, settings)
-    line = [sys.executable, "-m", "ffl_jax.report", str(output), f"--output={output / 'report'}"]
-    # Where options ask for a partition or an account, the report needs them too, but not their GPUs.
-    kept = [option for option in options if re.match(r"--(partition|account|qos|clusters)=|-[pAqM]", option)]
-    after = [f"--dependency=afterany:{number}", "--ntasks=1", "--time=30", *kept, "--job-name=report"]
-    then = _sbatch([*after, f"--wrap={shlex.join(line)}"], {})
-    return f"submitted {len(jobs)} runs as job {number}, and their report as job {then}, to {output}/report"
-
-
-def _sbatch(arguments, settings) -> str:
-    """The number of the job."""
-    done = subprocess.run(
-        ["sbatch", "--parsable", *arguments],
-        env=os.environ | settings,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    if done.returncode:
-        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise ConfigError(f"sbatch refused: {reason}; see --slurm.")
-    return done.stdout.strip().split(";")[0]
