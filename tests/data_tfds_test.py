@@ -31,7 +31,7 @@ def examples(count, channels=3, size=(5, 4), seed=0):
 
 
 def write_records(path, images, labels, encoding="PNG"):
-    """One shard, as TFDS writes it, with one feature more than is read."""
+    """One shard, as TFDS writes it, with features more than are read; `other` is another label."""
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     for image, label in zip(images, labels, strict=True):
         buffer = io.BytesIO()
@@ -39,6 +39,7 @@ def write_records(path, images, labels, encoding="PNG"):
         example = tf_example_pb2.Example()
         example.features.feature["image"].bytes_list.value.append(buffer.getvalue())
         example.features.feature["label"].int64_list.value.append(int(label))
+        example.features.feature["other"].int64_list.value.append(int(label + 1) % 3)
         example.features.feature["id"].bytes_list.value.append(b"an id")
         writer.write(example.SerializeToString())
     writer.close()
@@ -155,6 +156,23 @@ def test_training_images_alone_are_divided_when_asked_for(tmp_path, streamed):
         count = (whole == label).sum()
         assert (dataset.test.labels == label).sum() == max(1, round(0.2 * count))
         assert (dataset.train.labels == label).sum() + (dataset.test.labels == label).sum() == count
+
+
+def test_of_two_labels_a_key_chooses(tmp_path):
+    """Also where TFDS prefers one; what is decoded of one is not taken for the other's."""
+    features = FEATURES | {"other": tfds.features.ClassLabel(names=["x", "y", "z"])}
+    write_dataset(tmp_path / "made/1.0.0", three_shards(), features)
+    assert data.load(make_config(tmp_path)).class_names == ("ant", "bee", "cat")
+    dataset = data.load(make_config(tmp_path, label_key="other"))
+    assert dataset.class_names == ("x", "y", "z")
+    np.testing.assert_array_equal(dataset.test.labels, [1, 2, 0, 1, 2])
+    np.testing.assert_array_equal(
+        data.load(make_config(tmp_path, label_key="label")).test.labels, [0, 1, 2, 0, 1]
+    )
+    with pytest.raises(DatasetError, match=r"as label, other: config\.data\.label_key=id is none of them"):
+        data.load(make_config(tmp_path, label_key="id"))
+    with pytest.raises(DatasetError, match=r"as image: config\.data\.image_key=id is none of them"):
+        data.load(make_config(tmp_path, image_key="id"))
 
 
 def test_validation_stands_in_for_a_test_split_without_labels(tmp_path):
@@ -325,7 +343,7 @@ def test_damaged_datasets_are_dataset_errors(tmp_path, kind):
         ({"features": {"image": FEATURES["image"]}, "supervised": False}, "features are image"),
         (
             {"features": FEATURES | {"other": FEATURES["label"]}, "supervised": False},
-            "exactly one image and one class",
+            r"as label, other: set config\.data\.label_key to one of them",
         ),
         (
             {"features": FEATURES | {"image": tfds.features.Image(shape=(None, None, 1), dtype=np.float32)}},

@@ -1,3 +1,5 @@
+import shutil
+
 import ml_collections
 import numpy as np
 import pytest
@@ -57,6 +59,24 @@ def test_tiny_imagenet(config):
     np.testing.assert_array_equal(dataset.train.images[:, 32, 32, 0], [100, 101, 0, 1, 200, 201])
     np.testing.assert_array_equal(dataset.test.labels, [2, 1, 0, 2])
     np.testing.assert_array_equal(dataset.test.images[:, 32, 32, 1], [62, 60, 61, 62])
+
+
+@pytest.mark.parametrize("inside", ["", "images"])
+@pytest.mark.parametrize("published", ["gone", "empty", "kept"])
+def test_val_sorted_into_classes(root, config, inside, published):
+    """As many scripts do; the labels are the same, in the order of the classes."""
+    for index, number in enumerate((2, 0, 1, 2)):
+        folder = root / "val" / WNIDS[number] / inside
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / f"val/images/val_{index}.JPEG", folder)
+    if published != "kept":
+        (root / "val/val_annotations.txt").unlink()
+        shutil.rmtree(root / "val/images")
+    if published == "empty":
+        (root / "val/images").mkdir()
+    dataset = data.load(config)
+    np.testing.assert_array_equal(dataset.test.labels, [0, 1, 2, 2])
+    np.testing.assert_array_equal(dataset.test.images[:, 32, 32, 1], [61, 60, 62, 62])
 
 
 def test_streamed(config):

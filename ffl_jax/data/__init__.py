@@ -4,13 +4,15 @@ import logging
 
 import numpy as np
 
-from ffl_jax.data import base, crops, limits, tfds
+from ffl_jax.data import base, crops, limits, roles, tfds
 from ffl_jax.data import cifar as cifar
 from ffl_jax.data import cinic10 as cinic10
 from ffl_jax.data import digits as digits
 from ffl_jax.data import fashion_mnist as fashion_mnist
 from ffl_jax.data import folder as folder
+from ffl_jax.data import npz as npz
 from ffl_jax.data import svhn as svhn
+from ffl_jax.data import table as table
 from ffl_jax.data import tiny_imagenet as tiny_imagenet
 from ffl_jax.data.base import Dataset, Split, StreamedSplit
 from ffl_jax.errors import ConfigError, DatasetError
@@ -24,8 +26,9 @@ def load(config) -> Dataset:
 
     Args:
       config: the `data` section: `name`; `data_dir`, `manual_dir` and `cache_dir` (empty: the usual places);
-        `validation_examples` to set aside from the training split; `test_fraction` of it to test on, where
-        the source has no test split; `image_size` in pixels (0: as stored);
+        `validation_examples` to set aside from the training split, or `validation_fraction`;
+        `test_fraction` of it to test on, where the source has no test split; `image_size` in pixels (0: as
+        stored);
         `streaming` to leave images where they are until they are needed.
 
     Raises:
@@ -61,9 +64,13 @@ def load(config) -> Dataset:
             "config.data.crop=pad, or choose another dataset."
         )
     carved = [str(config.validation_examples), *([str(config.test_fraction)] if test is None else [])]
+    carved += [f"of each class {config.validation_fraction}"] if config.validation_fraction else []
     fingerprint = base.digest(*content, *class_names, *carved)
     if test is None:
-        given["train"], given["test"] = _take_test(config, given["train"], class_names)
+        given["train"], given["test"] = _take_fraction(config, "test", given["train"], class_names)
+    if config.validation_fraction:
+        carved = _take_fraction(config, "validation", given["train"], class_names)
+        given["train"], given["validation"] = carved
     if config.validation_examples:
         given["train"], given["validation"] = _carve(config, given["train"], class_names)
     return Dataset(config.name, class_names=class_names, fingerprint=fingerprint, **given)
@@ -113,8 +120,16 @@ def _check_settings(config):
             f"config.data.image_size={config.image_size} counts the pixels of one side, and at most "
             f"{limits.MAX_PIXELS / 1e6:.0f} million pixels are allowed in all: set it lower."
         )
-    if not 0 <= config.test_fraction < 1:
-        raise ConfigError(f"config.data.test_fraction must be in [0, 1), got {config.test_fraction}.")
+    for key in ("test_fraction", "validation_fraction"):
+        if not 0 <= config[key] < 1:
+            raise ConfigError(f"config.data.{key} must be in [0, 1), got {config[key]}.")
+    if config.validation_fraction and config.validation_examples:
+        raise ConfigError(
+            "config.data.validation_examples and config.data.validation_fraction both set images aside: set "
+            "one of them to 0."
+        )
+    if config.max_value < 1:
+        raise ConfigError(f"config.data.max_value must be at least 1, got {config.max_value}.")
     check_choice("config.data.crop", config.crop, crops.CROPS)
     if not config.streaming and config.crop != "pad":
         raise ConfigError(
@@ -156,25 +171,30 @@ def _checked(name: str, role: str, split: Split, num_classes: int) -> Split:
     return Split(images, labels.astype(np.int32))
 
 
-def _take_test(config, train, class_names):
-    """Takes the same fraction of every class, at random, the same ones for every seed: (train, test)."""
+def _take_fraction(config, role, train, class_names):
+    """Takes the same fraction of every class, at random, the same ones for every seed: (rest, what is taken).
+
+    Args: role: test or validation.
+    """
+    fraction = config[f"{role}_fraction"]
     if train.labels is None:
         raise ConfigError(
-            f"config.data.test_fraction needs the labels of {config.name} before it is read: set "
+            f"config.data.{role}_fraction needs the labels of {config.name} before it is read: set "
             "config.data.streaming=False."
         )
-    generator, chosen, small = np.random.default_rng(1), np.zeros(len(train), bool), []
+    generator = np.random.default_rng({"test": 1, "validation": 2}[role])
+    chosen, small = np.zeros(len(train), bool), []
     for label, name in enumerate(class_names):
         members = np.flatnonzero(train.labels == label)
-        count = max(1, round(config.test_fraction * len(members)))
-        small += [name] if count >= len(members) else []
+        count = max(1, round(fraction * len(members)))
+        small += [name] if len(members) and count >= len(members) else []
         chosen[generator.permutation(members)[:count]] = True
     if small:
         raise DatasetError(
-            f"config.data.test_fraction={config.test_fraction} leaves no training image of "
-            f"{folder.some(small)}: set it lower, or add images."
+            f"config.data.{role}_fraction={fraction} leaves no training image of "
+            f"{roles.some(small)}: set it lower, or add images."
         )
-    logging.info("The test split is %d of the %d images.", chosen.sum(), len(chosen))
+    logging.info("The %s split is %d of the %d training images.", role, chosen.sum(), len(chosen))
     return train.take(~chosen), train.take(chosen)
 
 
@@ -195,7 +215,7 @@ def _carve(config, train, class_names):
         if emptied:
             raise DatasetError(
                 f"config.data.validation_examples={count} takes all training images of {len(emptied)} of "
-                f"{len(class_names)} classes ({folder.some(emptied)}): set it lower; a tenth of the "
+                f"{len(class_names)} classes ({roles.some(emptied)}): set it lower; a tenth of the "
                 f"{total} training images is {max(1, total // 10)}."
             )
         halved = [class_names[label] for label in np.flatnonzero(2 * after < before)]
@@ -203,6 +223,6 @@ def _carve(config, train, class_names):
             logging.warning(
                 "config.data.validation_examples=%d takes over half of the training images of: %s.",
                 count,
-                folder.some(halved),
+                roles.some(halved),
             )
     return rest, validation

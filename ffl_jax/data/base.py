@@ -4,16 +4,19 @@ import abc
 import concurrent.futures
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from ffl_jax.data import limits
 from ffl_jax.data.images import damage_named, decode_image
 from ffl_jax.errors import DatasetError, ResourceError
 from ffl_jax.registry import Registry
 
 SOURCES = Registry("dataset")  # of functions load(config) -> (train Split, test Split, class names)
+FILES = Registry("kind of file")  # suffix of a file that `config.data_dir` may name -> such a function
 _CHUNK = 256  # images per task: large enough that handing tasks to threads costs nothing
 
 
@@ -43,11 +46,14 @@ class Records(abc.ABC):
     Attributes:
       identity: changes with the files' names and sizes and with what says how they are labelled, but not with
         a file's content where its size stays.
+      source: the same, and with the places of files and when they were changed: what is kept of decoded
+        images is known by it.
       labels: integers [N], where they are known before anything is read.
       remedy: what to do about a damaged one, for errors.
     """
 
     identity: str
+    source: str
     labels: np.ndarray | None = None
     remedy: str
 
@@ -71,11 +77,13 @@ class StreamedSplit:
       records: of the whole source split.
       positions: which of them belong to it, int32 [N].
       image_size: pixels, the sides of what networks see.
+      max_value: what is white in greys of more than 8 bits.
     """
 
     records: Records
     positions: np.ndarray
     image_size: int
+    max_value: int = limits.MAX_GREY
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -124,13 +132,29 @@ def digest(*parts: str | np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def decode_all(records: Records, image_size: int, title: str) -> tuple[np.ndarray, np.ndarray]:
+def check_memory(needed: int, title: str):
+    """Raises ResourceError where so many bytes are more than the machine has, which else kills who asks."""
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # some systems do not tell
+        return
+    if needed > there:
+        raise ResourceError(
+            f"{title} needs {needed / 1e9:.1f} GB of memory, and this machine has {there / 1e9:.1f} GB: take "
+            "fewer images, or, of files, set config.data.image_size lower, or config.data.streaming=True."
+        )
+
+
+def decode_all(
+    records: Records, image_size: int, title: str, max_value: int = limits.MAX_GREY
+) -> tuple[np.ndarray, np.ndarray]:
     """Decodes all images in parallel, all to one size: uint8 [N, H, W, 3], and their labels, int64 [N].
 
     Args:
       records: at least one; read from many threads.
       image_size: as for `decode_image`; with 0 all images must have the size of the first.
       title: of the progress bar, which shows on terminals when decoding takes longer than a second.
+      max_value: as for `decode_image`.
 
     Raises:
       DatasetError: naming the first image, in order of position, that cannot be used. None is skipped.
@@ -138,12 +162,13 @@ def decode_all(records: Records, image_size: int, title: str) -> tuple[np.ndarra
 
     def decode(where: str, encoded: bytes) -> np.ndarray:
         with damage_named(where, encoded, records.remedy):
-            return decode_image(encoded, image_size)
+            return decode_image(encoded, image_size, max_value)
 
     count = len(records)
     ((first_where, first_encoded, _),) = records.read([0])
     first = decode(first_where, first_encoded)
     labels = np.empty(count, np.int64)
+    check_memory(count * first.nbytes, title)
     try:
         images = np.empty((count, *first.shape), np.uint8)
     except MemoryError as error:

@@ -2,7 +2,7 @@
 
 import logging
 
-from ffl_jax.data import base, folder
+from ffl_jax.data import base, folder, roles
 from ffl_jax.errors import DatasetError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -17,9 +17,9 @@ def load(config):
     """Reads the published tree in `config.data_dir`; its third folder, `valid`, is left out."""
     top = folder.root(config, "CINIC-10", _LAYOUT)
     logging.info("The split valid of CINIC-10 is not used.")
-    train, test, class_names = folder.load_tree(config, top, "test", _LAYOUT)
+    train, test, class_names = folder.load_tree(config, top, {"train": "train", "test": "test"}, _LAYOUT)
     if class_names != CLASSES:
         raise DatasetError(
-            f"{top} is not CINIC-10: its classes are {folder.some(list(class_names))}; {_LAYOUT}."
+            f"{top} is not CINIC-10: its classes are {roles.some(list(class_names))}; {_LAYOUT}."
         )
     return train, test, class_names

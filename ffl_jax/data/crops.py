@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from ffl_jax.data import images
+from ffl_jax.data import images, limits
 
 CROPS = ("pad", "resized")
 _AREA = (0.08, 1.0)  # of the image
@@ -18,7 +18,11 @@ _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 def random_resized(
-    encoded: bytes, image_size: int, generators: list[np.random.Generator], flip: bool
+    encoded: bytes,
+    image_size: int,
+    generators: list[np.random.Generator],
+    flip: bool,
+    max_value: int = limits.MAX_GREY,
 ) -> np.ndarray:
     """A random rectangle of one image for each generator, brought to a square: uint8 [V, S, S, 3].
 
@@ -29,6 +33,7 @@ def random_resized(
       image_size: S, pixels.
       generators: V, one for each view.
       flip: whether to flip left-right with probability 1/2.
+      max_value: as for `images.to_rgb`.
     """
     from PIL import Image
 
@@ -40,7 +45,7 @@ def random_resized(
         divisor = max(d for d in (1, 2, 4, 8) if d == 1 or smallest >= d * image_size)
         if divisor > 1:
             opened.draft(None, tuple(side // divisor for side in opened.size))
-        image = images.to_rgb(opened)
+        image = images.to_rgb(opened, max_value)
     if image.size == (width, height):
         divisor = 1
     views = []
@@ -71,17 +76,17 @@ def draw_box(generator: np.random.Generator, width: int, height: int) -> tuple[i
     return left, top, left + w, top + h
 
 
-def centre(encoded: bytes, image_size: int) -> np.ndarray:
+def centre(encoded: bytes, image_size: int, max_value: int = limits.MAX_GREY) -> np.ndarray:
     """The centre square after the shorter side was resized to 256/224 of S: uint8 [S, S, 3].
 
-    Args: encoded: the bytes of the image file. image_size: S, pixels.
+    Args: encoded: the bytes of the image file. image_size: S, pixels. max_value: as for `images.to_rgb`.
     """
     from PIL import Image
 
     target = round(image_size * _EVAL_RATIO)
     with images.open_image(encoded) as opened:
         images.check_size(*opened.size, target)
-        image = images.to_rgb(opened)
+        image = images.to_rgb(opened, max_value)
     shorter = min(image.size)
     size = tuple(int(side * target / shorter) for side in image.size)
     image = image.resize(size, Image.Resampling.BILINEAR)
@@ -89,9 +94,12 @@ def centre(encoded: bytes, image_size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
 
 
-def evaluation_image(encoded: bytes, crop: str, image_size: int) -> np.ndarray:
+def evaluation_image(
+    encoded: bytes, crop: str, image_size: int, max_value: int = limits.MAX_GREY
+) -> np.ndarray:
     """What networks see of an image file in evaluation, not yet normalised: uint8 [H, W, 3].
 
-    Args: encoded: the bytes of the file. crop, image_size: of the `data` section of the configuration.
+    Args: encoded: the bytes of the file. crop, image_size, max_value: of the `data` section.
     """
-    return centre(encoded, image_size) if crop == "resized" else images.decode_image(encoded, image_size)
+    bring = centre if crop == "resized" else images.decode_image
+    return bring(encoded, image_size, max_value)

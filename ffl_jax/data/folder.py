@@ -11,26 +11,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ffl_jax.data import base, images, limits, records
-from ffl_jax.errors import ConfigError, DatasetError
+from ffl_jax.data import base, images, limits, records, roles
+from ffl_jax.data.roles import some as some
+from ffl_jax.errors import DatasetError
 from ffl_jax.workdir.paths import expanded
 
 _LAYOUT = (
     "it must hold train/<class>/* and test/<class>/* (or val/<class>/*) with images, PNG or JPEG files say"
 )
-_SPLITS = ("train", "test", "val", "valid", "validation")
-# What file browsers, archives and network storage leave behind, beside what begins with a dot.
+# What file browsers, archives and network storage leave behind, beside what begins with a dot; in lower case,
+# for some systems write it so.
 _LITTER = {
-    *(
-        "@eaDir",
-        "@Recycle",
-        "#recycle",
-        "#snapshot",
-        "$RECYCLE.BIN",
-        "System Volume Information",
-        "lost+found",
-    ),
-    *("__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r"),
+    *("@eadir", "@recycle", "@recently-snapshot", "@tmp", "@transcode", "@__thumb", "@synoresource"),
+    *("#recycle", "#snapshot", "~snapshot", "$recycle.bin", "recycler", "found.000", "lost+found"),
+    *("system volume information", "network trash folder", "temporary items", "thevolumesettingsfolder"),
+    *("__macosx", "thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db"),
+    *("desktop.ini", "icon\r", "__pycache__", "aquota.user", "aquota.group"),
 }
 # Listing a folder waits for the disk or the network, hardly for the processor.
 _LISTING_THREADS = 16
@@ -40,45 +36,27 @@ _LISTING_THREADS = 16
 def load(config):
     """Reads `config.data_dir`; class names are the folder names, sorted, and files are sorted within a class.
 
-    The first of `test`, `val`, `valid` and `validation` that has classes of `train` is the test split, and
-    where that is `test`, the next is the validation split. With `config.test_fraction` there is none of them,
-    and perhaps no `train`: see `data.load`. What is left out is said, but for hidden files and
-    folders and `_LITTER`.
+    Which folder is which split says `roles.choose`; with `config.test_fraction` there is perhaps no `train`:
+    see `data.load`. What is left out is said. A file is read by the source of its kind.
     """
+    path = expanded(config.data_dir).absolute()
+    if config.data_dir and path.suffix.lower() in base.FILES and not path.is_dir():
+        if not path.exists():
+            raise DatasetError(f"config.data.data_dir {path} does not exist.")
+        return base.FILES[path.suffix.lower()](config, path)
     top = root(config, "your images", _LAYOUT)
-    with readable(top), os.scandir(top) as entries:
-        there = sorted(entry.name for entry in entries if entry.is_dir() and not _is_litter(entry.name))
-    if config.test_fraction:
-        return _undivided(config, top, there)
-    known = {name: set(map(_composed, _folders(top / name)[0])) for name in _SPLITS if name in there}
-    used = [name for name in _SPLITS[1:] if known.get(name, set()) & known.get("train", set())]
-    test, *others = used or [name for name in _SPLITS[1:] if name in there][:1] or ["test"]
-    validation = others[0] if others and test == "test" and not config.validation_examples else None
-    if test != "test":
-        logging.info("The test split is %s: there is no folder test with classes of train.", top / test)
-    if validation:
-        logging.info("The validation split is %s.", top / validation)
-    unused = [name for name in there if name not in ("train", test, validation)]
-    if unused:
-        carved = config.validation_examples and others and test == "test"
-        advice = f" To use {others[0]}, set config.data.validation_examples=0." if carved else ""
-        logging.warning("Folders of %s that are not used: %s.%s", top, some(unused), advice)
-    return load_tree(config, top, test, _LAYOUT, validation)
-
-
-def _undivided(config, top: pathlib.Path, there: list[str]):
-    """A tree of `train/<class>/*`, or of `<class>/*` alone, whose test split is still to be taken out."""
-    others = [name for name in _SPLITS[1:] if name in there]
-    if others:
-        raise ConfigError(
-            f"config.data.test_fraction={config.test_fraction} takes a test split from the training images, "
-            f"but {top} has {some(others)}: set it to 0, or move that away."
-        )
-    split = "train" if "train" in there else "."
-    names = class_folders(top, split, _LAYOUT)
-    listed = list_files(top, [f"{split}/{name}" for name in names.values()])
-    (train,) = splits(config, top, by_class(list(listed.values())))
-    return train, None, tuple(names)
+    there, _, litter = _entries(top)
+    _say_litter(top, litter)
+    held_out = [name for name in roles.SPLITS[1:] if name in there]
+    if config.test_fraction and "train" not in there and not held_out:
+        return load_tree(config, top, {"train": "."}, _LAYOUT)
+    known = ["train", *held_out] if "train" in there else []
+    classes = {name: set(map(_composed, _entries(top / name)[0])) for name in known}
+    used = [name for name in known[1:] if classes[name] & classes["train"]]
+    if not config.test_fraction:  # what they lack is said where they are looked into
+        used = used or held_out[:1] or ["test"]
+    chosen = roles.choose(config, top, ("train", *used), there, "Folders")
+    return load_tree(config, top, chosen, _LAYOUT)
 
 
 def root(config, title: str, layout: str) -> pathlib.Path:
@@ -89,27 +67,33 @@ def root(config, title: str, layout: str) -> pathlib.Path:
     if not top.exists():
         raise DatasetError(f"config.data.data_dir {top} does not exist; {layout}.")
     if not top.is_dir():
-        raise DatasetError(f"config.data.data_dir {top} is a file, not a folder; {layout}.")
+        kinds = ", ".join(sorted(base.FILES))
+        raise DatasetError(
+            f"config.data.data_dir {top} is a file, and not one of {kinds} of config.data.name=folder; "
+            f"{layout}."
+        )
     return top
 
 
-def load_tree(config, top: pathlib.Path, test: str, layout: str, validation: str | None = None):
-    """(train split, test split, class names, any validation split) of `top/train/<class>/*` and so on."""
-    folders = ["train", test, *([validation] if validation else [])]
-    names = {split: class_folders(top, split, layout) for split in folders}
-    listed = list_files(top, [f"{split}/{name}" for split in folders for name in names[split].values()])
-    train, *held_out = names.values()
-    for split, other in zip(folders[1:], held_out, strict=True):
-        parts = [(sorted(train.keys() - other.keys()), "only in train")]
-        parts += [(sorted(other.keys() - train.keys()), f"only in {split}")]
-        differences = "; ".join(f"{where}: {some(names)}" for names, where in parts if names)
-        if differences:
-            raise DatasetError(
-                f"{top} has different classes in train and {split}, {differences}; make them agree."
-            )
-    labelled = (by_class([listed[f"{split}/{name}"] for name in names[split].values()]) for split in folders)
-    train_split, test_split, *more = splits(config, top, *labelled)
-    return train_split, test_split, tuple(train), *more
+def load_tree(config, top: pathlib.Path, chosen: dict[str, str], layout: str):
+    """(train split, test split, class names, any validation split) of `top/train/<class>/*` and so on.
+
+    Args: chosen: {role: name of the folder}, see `roles.choose`.
+    """
+    names = {split: class_folders(top, split, layout) for split in chosen.values()}
+    paths = {split: [f"{split}/{folder}" for folder in names[split].values()] for split in names}
+    first, *held_out = names
+    optional = [path for split in held_out for path in paths[split] if config.missing_classes]
+    listed = list_files(top, [path for split in names for path in paths[split]], optional)
+    label_of, labelled = {name: label for label, name in enumerate(names[first])}, []
+    for split, folders in paths.items():
+        filled = [name for name, path in zip(names[split], folders, strict=True) if listed[path].paths]
+        roles.check_classes(config, top, split, label_of, filled)
+        labels = [label_of.get(name, -1) for name in names[split]]
+        labelled.append(by_class([listed[path] for path in folders], labels))
+    train, *others = splits(config, top, *labelled)
+    test, *validation = others or [None]
+    return train, test, tuple(label_of), *validation
 
 
 @contextlib.contextmanager
@@ -130,7 +114,9 @@ def class_folders(top: pathlib.Path, split: str, layout: str) -> dict[str, str]:
             found = sorted(os.listdir(top))
             held = "is empty" if not found else f"has no folder {split}, only {some(found)}"
             raise DatasetError(f"config.data.data_dir {top} {held}; {layout}.")
-        folders, beside = _folders(top / split)
+        folders, beside, litter = _entries(top / split)
+    if split != ".":
+        _say_litter(top / split, litter)
     if not folders:
         raise DatasetError(f"{top / split} has no class folders; {layout}.")
     if len(folders) > limits.MAX_CLASSES:
@@ -153,19 +139,34 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _folders(folder: pathlib.Path) -> tuple[list[str], list[str]]:
-    """(names of the folders, names of what else lies there), sorted."""
+def _entries(folder: pathlib.Path) -> tuple[list[str], list[str], collections.Counter]:
+    """(names of the folders, names of what else lies there), sorted, and {name: count} of litter."""
     with readable(folder), os.scandir(folder) as entries:
-        found = {entry.name: entry.is_dir() for entry in entries if not _is_litter(entry.name)}
-    return tuple(sorted(name for name in found if found[name] is kind) for kind in (True, False))
+        found = {entry.name: entry.is_dir() for entry in entries}
+    litter = collections.Counter(filter(_is_litter, found))
+    folders, beside = (
+        sorted(name for name in found if found[name] is kind and name not in litter) for kind in (True, False)
+    )
+    return folders, beside, litter
+
+
+def _say_litter(where: pathlib.Path, litter: collections.Counter):
+    if litter:
+        counts = some([f"{name!r} {count}" for name, count in sorted(litter.items())])
+        logging.info("Left out of %s, as hidden or as what a system left behind: %s.", where, counts)
 
 
 def _is_litter(name: str) -> bool:
-    return name.startswith(".") or name in _LITTER
+    return name.startswith(".") or name.lower() in _LITTER
 
 
-def list_files(top: pathlib.Path, folders: list[str]) -> dict[str, records.Listing]:
-    """Lists the image files of each folder below `top`; none may be without one. Says what is left out."""
+def list_files(
+    top: pathlib.Path, folders: list[str], optional: Sequence[str] = ()
+) -> dict[str, records.Listing]:
+    """Lists the image files of each folder below `top`. Says what is left out.
+
+    Args: optional: those of the folders that may be without one.
+    """
     import tqdm
 
     with readable(top), concurrent.futures.ThreadPoolExecutor(_LISTING_THREADS) as executor:
@@ -174,9 +175,12 @@ def list_files(top: pathlib.Path, folders: list[str]) -> dict[str, records.Listi
             listings, "Listing files", len(folders), unit="folder", delay=1, leave=False, disable=None
         )
         found = dict(zip(folders, bar, strict=True))
-    left_out = collections.defaultdict(collections.Counter)
+    left_out, litter = (collections.defaultdict(collections.Counter) for _ in range(2))
     for folder, listing in found.items():
         left_out[folder.partition("/")[0]].update(listing.left_out)
+        litter[folder.partition("/")[0]].update(listing.litter)
+    for split, names in litter.items():
+        _say_litter(top / split, names)
     for split, others in left_out.items():
         if others:
             counts = some([f"{suffix or 'none'} {count}" for suffix, count in others.most_common()])
@@ -189,36 +193,27 @@ def list_files(top: pathlib.Path, folders: list[str]) -> dict[str, records.Listi
     refused = [message for listing in found.values() for message in listing.refused]
     if refused:
         raise DatasetError(f"{some(refused)}; replace or remove what is named.")
-    empty = [folder for folder, listing in found.items() if not listing.paths]
+    empty = [folder for folder, listing in found.items() if not listing.paths and folder not in optional]
     if empty:
         raise DatasetError(f"{top} has class folders without an image: {some(empty)}; fill or remove them.")
     return found
 
 
-def by_class(listings: list[records.Listing]) -> tuple[records.Listing, np.ndarray]:
-    """One listing after the other, and the labels of the files: the places of their listings."""
+def by_class(
+    listings: list[records.Listing], labels: Sequence[int] | None = None
+) -> tuple[records.Listing, np.ndarray]:
+    """One listing after the other, and the labels of the files: `labels` of the listings, or their places."""
     paths = [path for listing in listings for path in listing.paths]
-    labels = np.repeat(np.arange(len(listings)), [len(listing.paths) for listing in listings])
-    return records.Listing(paths, np.concatenate([listing.states for listing in listings])), labels
+    labels = range(len(listings)) if labels is None else labels
+    each = np.repeat(np.array(labels), [len(listing.paths) for listing in listings])
+    return records.Listing(paths, np.concatenate([listing.states for listing in listings])), each
 
 
 def splits(config, top: pathlib.Path, *labelled: tuple[records.Listing, Sequence[int]]):
     """The train, the test and any validation split from the files below `top` and the labels of each."""
-    # Full paths, so that two trees whose files agree in size and time are never taken for one another. The
-    # change time cannot be set by hand: a restored old time is seen, too.
-    source = "".join(
-        f"{path}\0{row}\0"
-        for listing, _ in labelled
-        for path, row in zip(listing.paths, listing.states.tolist(), strict=True)
-    )
-    roles = ("train", "test", "validation")[: len(labelled)]
-    files = {role: records.Files(top, *one) for role, one in zip(roles, labelled, strict=True)}
-    return records.splits(config, config.name, source, files)
-
-
-def some(names: list[str]) -> str:
-    """The first names, and how many more there are: errors stay on one line."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    names = ("train", "test", "validation")[: len(labelled)]
+    files = {name: records.Files(top, *one) for name, one in zip(names, labelled, strict=True)}
+    return records.splits(config, top.name, files)
 
 
 def image_files(folder: str | os.PathLike) -> list[str]:
@@ -231,9 +226,9 @@ def image_files(folder: str | os.PathLike) -> list[str]:
     return _walk(folder)[0]
 
 
-def _walk(folder: str | os.PathLike) -> tuple[list[str], collections.Counter]:
-    """(paths as of `image_files`, {suffix: count} of the files that are left out)."""
-    paths, left_out = [], collections.Counter()
+def _walk(folder: str | os.PathLike) -> tuple[list[str], collections.Counter, collections.Counter]:
+    """(paths as of `image_files`, {suffix: count} of files that are left out, {name: count} of litter)."""
+    paths, left_out, litter = [], collections.Counter(), collections.Counter()
     waiting, visited = [os.fspath(folder)], set()
     while waiting:
         here = waiting.pop()
@@ -245,8 +240,8 @@ def _walk(folder: str | os.PathLike) -> tuple[list[str], collections.Counter]:
             for entry in entries:
                 suffix = os.path.splitext(entry.name)[1].lower()
                 if _is_litter(entry.name):
-                    continue
-                if suffix in images.suffixes():
+                    litter[entry.name] += 1
+                elif suffix in images.suffixes():
                     paths.append(entry.path)
                 elif entry.is_dir():
                     waiting.append(entry.path)
@@ -254,19 +249,25 @@ def _walk(folder: str | os.PathLike) -> tuple[list[str], collections.Counter]:
                     left_out[suffix] += 1
         if len(paths) > limits.MAX_FILES:
             raise DatasetError(f"{os.fspath(folder)} has over {limits.MAX_FILES} files; choose another.")
-    return sorted(paths), left_out
+    return sorted(paths), left_out, litter
 
 
 def _list(folder: pathlib.Path) -> records.Listing:
-    paths, left_out = _walk(folder)
+    return list_paths(*_walk(folder))
+
+
+def list_paths(paths: list[str], left_out=(), litter=()) -> records.Listing:
+    """The listing of these files, of which those that cannot be opened are told."""
     states, refused = [], []
     for path in paths:
         try:
             state = os.stat(path)
             images.check_regular(path, state)
             states.append((state.st_size, state.st_mtime_ns, state.st_ctime_ns))
-        except OSError as error:
-            refused.append(f"{path} cannot be read ({error.strerror})")
+        except (OSError, ValueError) as error:  # the second of a name that no file can have
+            refused.append(f"{path!r}"[1:-1] + f" cannot be read ({getattr(error, 'strerror', error)})")
         except DatasetError as error:
             refused.append(str(error))
-    return records.Listing(paths, np.array(states, np.int64).reshape(-1, 3), left_out, refused)
+    return records.Listing(
+        paths, np.array(states, np.int64).reshape(-1, 3), dict(left_out), dict(litter), refused
+    )

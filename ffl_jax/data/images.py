@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import logging
 import os
 import stat
 import struct
@@ -11,7 +12,7 @@ import zlib
 
 import numpy as np
 
-from ffl_jax.data.limits import MAX_FILE_BYTES, MAX_PIXELS, MAX_TEXT_BYTES
+from ffl_jax.data.limits import MAX_FILE_BYTES, MAX_GREY, MAX_PIXELS, MAX_TEXT_BYTES
 from ffl_jax.errors import DatasetError, FFLError, ResourceError
 from ffl_jax.workdir import files
 
@@ -157,10 +158,28 @@ def orientation(image) -> int:
         return 1
 
 
-def to_rgb(image):
+def grey_levels(values: np.ndarray, max_value: int = MAX_GREY) -> np.ndarray:
+    """Greys of more than 8 bits, 0..max_value, to uint8, 0..255 and rounded.
+
+    Raises:
+      ValueError: some are outside.
+    """
+    if values.min() < 0 or values.max() > max_value:
+        found = f"from {values.min()} to {values.max()}"
+        meant = f"config.data.max_value={max_value} is white"
+        if max_value == MAX_GREY:
+            meant = "8-bit or 16-bit ones are needed"
+        raise ValueError(f"it holds values outside 0..{max_value}, {found}, and {meant}")
+    return np.rint(values / (max_value / 255)).astype(np.uint8)
+
+
+def to_rgb(image, max_value: int = MAX_GREY):
     """Decodes a Pillow image to RGB, upright as its EXIF orientation says; of several pictures the first.
 
-    Grey becomes three equal channels, 16-bit grey is scaled by 1 / 257, transparent pixels become white.
+    Grey becomes three equal channels, transparent pixels become white.
+
+    Args:
+      max_value: what is white in greys of more than 8 bits, see `grey_levels`.
 
     Raises:
       ValueError: it holds other numbers than 8-bit and 16-bit ones.
@@ -176,9 +195,7 @@ def to_rgb(image):
         image = image.transpose(turns[turned])
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255.
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("it holds values outside 0..65535, and 8-bit or 16-bit ones are needed")
-        grey = np.rint(values / 257).astype(np.uint8)
+        grey = grey_levels(values, max_value)
         grey[values == image.info.get("transparency", -1)] = 255
         image = Image.fromarray(grey)
     elif image.mode == "F":
@@ -191,17 +208,34 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def decode_image(encoded: bytes, image_size: int = 0) -> np.ndarray:
+def decode_image(encoded: bytes, image_size: int = 0, max_value: int = MAX_GREY) -> np.ndarray:
     """Decodes one image file to uint8 RGB [H, W, 3], as `to_rgb`.
 
     Args:
       encoded: the bytes of the file.
       image_size: as for `resize`, in pixels.
+      max_value: as for `to_rgb`.
     """
     with open_image(encoded) as opened:
         check_size(*opened.size, image_size)
-        image = to_rgb(opened)
+        image = to_rgb(opened, max_value)
     return np.asarray(resize(image, image_size))
+
+
+def resize_all(images: np.ndarray, image_size: int, where: str) -> np.ndarray:
+    """uint8 RGB [N, H, W, 3], each as `resize`; says so. Args: where: they are from."""
+    height, width = images.shape[1:3]
+    if not image_size or (height, width) == (image_size, image_size):
+        return images
+
+    from PIL import Image
+
+    check_size(width, height, image_size)
+    logging.info("%s is brought from %dx%d to %dx%d pixels.", where, width, height, image_size, image_size)
+    result = np.empty((len(images), image_size, image_size, 3), np.uint8)
+    for index, one in enumerate(images):
+        result[index] = resize(Image.fromarray(one), image_size)
+    return result
 
 
 def resize(image, image_size: int):

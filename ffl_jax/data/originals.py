@@ -16,8 +16,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ffl_jax.data import base, images, limits, tfds
 from ffl_jax.errors import DatasetError
 from ffl_jax.workdir.paths import cache_directory, expanded
@@ -94,16 +92,11 @@ def load(config, read: Callable[[pathlib.Path], tuple | None], downloads: Sequen
 
 
 def _sized(config, train, test, class_names):
-    if config.image_size in (0, train.image_shape[0]):
-        return train, test, class_names
-
-    from PIL import Image
-
-    def resized(split):
-        pictures = map(Image.fromarray, split.images)
-        return base.Split(np.stack([images.resize(one, config.image_size) for one in pictures]), split.labels)
-
-    return resized(train), resized(test), class_names
+    train, test = (
+        base.Split(images.resize_all(split.images, config.image_size, config.name), split.labels)
+        for split in (train, test)
+    )
+    return train, test, class_names
 
 
 @contextlib.contextmanager

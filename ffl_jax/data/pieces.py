@@ -92,11 +92,11 @@ class TrainPieces(Pieces):
         return images, labels, indices
 
     def _decode(self, epoch, index, encoded):
-        size = self.split.image_size
+        size, max_value = self.split.image_size, self.split.max_value
         if self.crop == "pad":  # the rest is done on the device
-            return images_lib.decode_image(encoded, size)
+            return images_lib.decode_image(encoded, size, max_value)
         generators = [_generator(self.seed, 1, epoch, index, view) for view in range(self.views or 1)]
-        images = crops.random_resized(encoded, size, generators, self.flip)
+        images = crops.random_resized(encoded, size, generators, self.flip, max_value)
         return images if self.views else images[0]
 
 
@@ -126,7 +126,7 @@ class EvalPieces(Pieces):
         return images, labels, weights
 
     def _decode(self, index, encoded):
-        return crops.evaluation_image(encoded, self.crop, self.split.image_size)
+        return crops.evaluation_image(encoded, self.crop, self.split.image_size, self.split.max_value)
 
 
 @functools.lru_cache(maxsize=2)

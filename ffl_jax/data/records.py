@@ -14,13 +14,14 @@ from ffl_jax.errors import DatasetError
 class Listing:
     """Image files: their paths, sorted, and int64 [N, 3], their size, modification and change time (ns).
 
-    `left_out` is {suffix: count} of the files that are no images by their names; `refused` says which files
-    cannot be read, and why.
+    `left_out` is {suffix: count} of the files that are no images by their names, `litter` {name: count} of
+    what is hidden or the system's own; `refused` says which files cannot be read, and why.
     """
 
     paths: list[str]
     states: np.ndarray
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    litter: Mapping[str, int] = dataclasses.field(default_factory=dict)
     refused: Sequence[str] = ()
 
 
@@ -37,6 +38,9 @@ class Files(base.Records):
         self._names = np.frombuffer(b"".join(names), np.uint8)
         self._ends = np.cumsum([0, *map(len, names)])
         self.identity = base.digest(self._names, self._ends, listing.states[:, 0], self.labels)
+        # With the root, so that two trees whose files agree in size and time are never taken for one another.
+        # The change time cannot be set by hand: a restored old time is seen, too.
+        self.source = base.digest(self._root, self._names, self._ends, listing.states)
 
     def __len__(self):
         return len(self.labels)
@@ -53,28 +57,33 @@ class Files(base.Records):
 
 
 def splits(
-    config, name: str, source: str, records: Mapping[str, base.Records]
+    config, name: str, records: Mapping[str, base.Records]
 ) -> tuple[base.Split | base.StreamedSplit, ...]:
     """The splits of a source, in memory or to be streamed, as the configuration says.
 
     Args:
       config: the `data` section.
-      name: a readable start for the cache file's name.
-      source: all that decoded images depend on, see `cache.cached`.
+      name: a readable start for the cache files' names.
       records: of each split, by its name.
     """
     if config.streaming:
         return tuple(
-            base.StreamedSplit(one, np.arange(len(one), dtype=np.int32), config.image_size)
+            base.StreamedSplit(one, np.arange(len(one), dtype=np.int32), config.image_size, config.max_value)
             for one in records.values()
         )
+    return tuple(_decoded(config, name, split, one) for split, one in records.items())
+
+
+def _decoded(config, name: str, split: str, records: base.Records) -> base.Split:
+    """One split in memory. Each has a cache file of its own, whatever it is used as and beside what."""
 
     def build() -> cache.Arrays:
-        arrays = {}
-        for split, one in records.items():
-            pixels, labels = base.decode_all(one, config.image_size, f"Decoding {name} {split}")
-            arrays |= {f"{split}_images": pixels, f"{split}_labels": labels}
-        return arrays
+        title = f"Decoding {name} {split}"
+        pixels, labels = base.decode_all(records, config.image_size, title, config.max_value)
+        return {"images": pixels, "labels": labels}
 
-    arrays = cache.cached(name, f"{config.image_size}\0{source}", config.cache_dir, build)
-    return tuple(base.Split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in records)
+    source = f"{config.image_size}\0{config.max_value}\0{records.source}"
+    arrays = cache.cached(name, source, config.cache_dir, build, config.cache_gigabytes)
+    # Those of files are not part of the source: a table, say, may have been corrected.
+    labels = arrays["labels"] if records.labels is None else records.labels
+    return base.Split(arrays["images"], labels)

@@ -43,16 +43,14 @@ def load(config):
         _prepare(builder, config)
         builder = _builder(config)
     try:
-        keys = _keys(config.name, builder.info)
+        keys = _keys(config, builder.info)
         records = _records(config, builder, *keys)
         class_names = _class_names(builder, keys[1])
     except (FFLError, MemoryError, OSError):
         raise
     except Exception as error:  # words and numbers that lead nowhere, in a dozen types
         raise _damaged(config.name, builder.data_dir, error) from error
-    source = "\0".join((builder.info.full_name, *keys))
-    source += "".join(f"{path}\0{cache.file_state(path)}\0" for one in records.values() for path in one.paths)
-    splits = records_lib.splits(config, builder.info.full_name, source, records)
+    splits = records_lib.splits(config, builder.info.full_name, records)
     train, test, *validation = (*splits, None) if config.test_fraction else splits
     return train, test, class_names, *validation
 
@@ -131,6 +129,8 @@ class Records(base.Records):
         # TFDS's count of bytes as well: the files grow by 64 KiB at a time.
         sizes = np.array([info.num_bytes, *map(os.path.getsize, self.paths)])
         self.identity = base.digest(builder.info.full_name, *self._keys, *names, sizes, self._starts)
+        states = [text for path in self.paths for text in (path, cache.file_state(path))]
+        self.source = base.digest(self.identity, *states)
 
     def __len__(self):
         return int(self._starts[-1])
@@ -329,30 +329,39 @@ def _upstream(builder) -> str:
     return f" ({', '.join(names[:6])}{more})" if names else ""
 
 
-def _keys(name: str, info) -> tuple[str, str]:
-    """Names of the features that hold the image and the class."""
+def _keys(config, info) -> tuple[str, str]:
+    """Names of the features of the image and the class: those of `config`, or of TFDS, or the only ones."""
     import tensorflow_datasets as tfds
 
+    name = config.name
     types = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
     features = dict(info.features.items()) if isinstance(info.features, tfds.features.FeaturesDict) else {}
-    keys = info.supervised_keys or ()
-    if len(keys) < 2 or not all(
-        isinstance(features.get(key), types[role]) for key, role in zip(keys, types, strict=False)
-    ):
-        found = {role: [k for k, v in features.items() if isinstance(v, types[role])] for role in types}
-        if any(len(names) != 1 for names in found.values()):
-            raise DatasetError(
-                f"{name} is not an image-classification dataset: its features are "
-                f"{', '.join(features) or type(info.features).__name__}, and exactly one image and one class "
-                "label are needed; choose another dataset."
-            )
-        keys = [names[0] for names in found.values()]
+    found = {role: [key for key, one in features.items() if isinstance(one, types[role])] for role in types}
+    supervised = info.supervised_keys or ()
+    if [key in names for key, names in zip(supervised, found.values(), strict=False)] != [True, True]:
+        supervised = [names[0] if len(names) == 1 else "" for names in found.values()]
+    keys = []
+    for role, usual in zip(types, supervised, strict=False):
+        keys.append(config[f"{role}_key"] or usual)
+        if keys[-1] not in found[role]:
+            raise _no_feature(name, role, keys[-1], found[role], features or [type(info.features).__name__])
     if features[keys[0]].np_dtype not in (np.uint8, np.uint16):
         raise DatasetError(
             f"{name} holds images of {np.dtype(features[keys[0]].np_dtype).name} values, not uint8 or "
             "uint16; choose another dataset."
         )
     return keys[0], keys[1]
+
+
+def _no_feature(name: str, role: str, key: str, candidates: list[str], features) -> DatasetError:
+    kind = {"image": "images", "label": "class labels"}[role]
+    if candidates:
+        said = f"config.data.{role}_key={key} is none of" if key else f"set config.data.{role}_key to one of"
+        return DatasetError(f"{name} holds {kind} as {', '.join(candidates)}: {said} them.")
+    return DatasetError(
+        f"{name} is not an image-classification dataset: its features are {', '.join(features)}, and none "
+        f"holds {kind}; choose another dataset."
+    )
 
 
 def _check_files(builder, split: str):

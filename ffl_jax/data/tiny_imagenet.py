@@ -3,12 +3,12 @@
 import os
 import pathlib
 
-from ffl_jax.data import base, folder, images, records
+from ffl_jax.data import base, folder, images, records, roles
 from ffl_jax.errors import DatasetError
 
 _LAYOUT = (
     "it must hold what tiny-imagenet-200.zip (cs231n.stanford.edu) does: wnids.txt, words.txt, "
-    "train/<wnid>/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt"
+    "train/<wnid>/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt, or val/<wnid>/*.JPEG"
 )
 
 
@@ -16,16 +16,22 @@ _LAYOUT = (
 def load(config):
     """Reads the published tree in `config.data_dir`; the test split is `val`, since `test` has no labels.
 
+    Many have sorted `val` into folders of classes, which then count, whatever else is there.
+
     Classes are sorted by WordNet number and named by their words, and by the number, too, where two classes
     have the same words.
     """
     top = folder.root(config, "Tiny ImageNet", _LAYOUT)
     wnids = sorted(_lines(top / "wnids.txt"))
-    listed = folder.list_files(top, [*(f"train/{wnid}/images" for wnid in wnids), "val/images"])
-    test = listed.pop("val/images")
-    train = folder.by_class(list(listed.values()))
-    labels = _annotations(top / "val" / "val_annotations.txt", test, wnids)
-    return *folder.splits(config, top, train, (test, labels)), _names(top / "words.txt", wnids)
+    trained = [f"train/{wnid}/images" for wnid in wnids]
+    tested = [f"val/{wnid}" for wnid in wnids]
+    if not any((top / name).is_dir() for name in tested):
+        tested = ["val/images"]
+    listed = folder.list_files(top, trained + tested)
+    train, test = (folder.by_class([listed[name] for name in names]) for names in (trained, tested))
+    if tested == ["val/images"]:
+        test = test[0], _annotations(top / "val" / "val_annotations.txt", test[0], wnids)
+    return *folder.splits(config, top, train, test), _names(top / "words.txt", wnids)
 
 
 def _annotations(path: pathlib.Path, listing: records.Listing, wnids: list[str]) -> list[int]:
@@ -36,7 +42,7 @@ def _annotations(path: pathlib.Path, listing: records.Listing, wnids: list[str])
     unknown = [name for name in names if wnid_of.get(name) not in label_of]
     if unknown:
         raise DatasetError(
-            f"{path} gives no class of wnids.txt to {folder.some(unknown)}; unpack the archive again."
+            f"{path} gives no class of wnids.txt to {roles.some(unknown)}; unpack the archive again."
         )
     return [label_of[wnid_of[name]] for name in names]
 

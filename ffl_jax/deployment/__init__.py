@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ffl_jax.data import crops, images
+from ffl_jax.data import crops, images, limits
 from ffl_jax.deployment import sealing
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError, FFLError, ResourceError
 
@@ -63,7 +63,8 @@ class Model:
         """
         height, width, _ = self.image_shape
         square = height == width
-        image = crops.evaluation_image(encoded, self.card["crop"], height if square else 0)
+        crop, white = self.card["crop"], self.card.get("max_value", limits.MAX_GREY)
+        image = crops.evaluation_image(encoded, crop, height if square else 0, white)
         if image.shape != self.image_shape:
             raise ValueError(
                 f"it has {image.shape[1]}x{image.shape[0]} pixels and this model takes {width}x{height}, "

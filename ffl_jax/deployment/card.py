@@ -5,7 +5,7 @@ import reprlib
 import sys
 from collections.abc import Callable
 
-from ffl_jax.data import crops
+from ffl_jax.data import crops, limits
 from ffl_jax.errors import CheckpointError
 
 VERSION = 1
@@ -73,6 +73,7 @@ _KEYS: dict[str, tuple[str, Callable]] = {
     "image_size": (f"[height, width], 1 to {_MAX_SIDE} pixels", _list(_whole(1, _MAX_SIDE), 2, 2)),
     "channels": ("RGB", lambda x: x == "RGB"),
     "crop": (f"one of {', '.join(crops.CROPS)}", lambda x: x in crops.CROPS),
+    "max_value": ("a whole number from 1", _whole(1)),
     # Both are of values in 0..1; there is no telling images in 0..255 otherwise.
     "mean": ("3 numbers from -1 to 1", _list(_number(-1, 1), 3, 3)),
     "std": ("3 numbers from 0.0001 to 10", _list(_number(1e-4, 10), 3, 3)),
@@ -108,6 +109,7 @@ def parse(text: str | bytes) -> dict:
         raise CheckpointError(
             f"its card_version is {version}, and this version of ffl_jax reads {VERSION}: use a newer one."
         )
+    card.setdefault("max_value", limits.MAX_GREY)  # as all were before it could be said
     for key, (wanted, holds) in _KEYS.items():
         if key not in card:
             raise CheckpointError(f"its card has no {key}: export it again.")

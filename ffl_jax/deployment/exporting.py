@@ -154,6 +154,7 @@ def describe(restored: scoring.Restored, name: str | None = None) -> tuple[dict,
         "image_size": list(experiment.image_shape[:2]),
         "channels": "RGB",
         "crop": config.data.crop,
+        "max_value": config.data.max_value,
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         **costs[name],
@@ -190,7 +191,8 @@ def _test_images(experiment) -> np.ndarray:
         return split.images[chosen]
     crop = experiment.config.data.crop
     records = split.records.read(split.positions[chosen])
-    return np.stack([crops.evaluation_image(encoded, crop, split.image_size) for _, encoded, _ in records])
+    size, white = split.image_size, split.max_value
+    return np.stack([crops.evaluation_image(encoded, crop, size, white) for _, encoded, _ in records])
 
 
 def _compare(path, card, images, expected) -> Report:

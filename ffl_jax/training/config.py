@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ffl_jax import methods
 from ffl_jax.data.augment import PAD_MODES
+from ffl_jax.data.base import FILES
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import subnetworks
 from ffl_jax.registry import check_choice, import_modules
@@ -31,7 +32,9 @@ FREE_KEYS = (
         "parallel",
     ),
 )
-FREE_DATA_KEYS = ("title", "data_dir", "manual_dir", "cache_dir", "workers", "accept_changes")
+FREE_DATA_KEYS = (
+    *("title", "data_dir", "manual_dir", "cache_dir", "cache_gigabytes", "workers", "accept_changes"),
+)
 # Numbers that cost time or memory before anything could be refused for its size.
 AT_MOST = {"subnetworks.num": 128, "teachers.num": 128, "teachers.generations": 128, "num_seeds": 1024}
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}
@@ -140,7 +143,7 @@ def check(config: ConfigDict):
     optimizers.merge_rules(config.optimizer, config.optimizer_rules)
     # With any number of classes: what does not go together is refused before the data is looked for.
     method = methods.build(config, num_classes=2)
-    if method.uses_validation and not config.data.validation_examples:
+    if method.uses_validation and not (config.data.validation_examples or config.data.validation_fraction):
         raise ConfigError(
             f"this {config.method.name} learns from a validation split of the training images: set "
             "config.data.validation_examples, now 0."
@@ -167,8 +170,10 @@ def network_names(config: ConfigDict) -> list[str]:
 
 def dataset_title(config: ConfigDict) -> str:
     """What the dataset is called in tables, cards and names of runs."""
-    name, place = config.data.name, config.data.data_dir
-    return config.data.title or (expanded(place).absolute().name if name == "folder" and place else name)
+    name, place = config.data.name, expanded(config.data.data_dir).absolute()
+    if config.data.title or name != "folder" or not config.data.data_dir:
+        return config.data.title or name
+    return place.stem if place.suffix.lower() in FILES else place.name
 
 
 def teacher_names(config: ConfigDict) -> list[str]:

@@ -74,15 +74,22 @@ def _data_keys() -> dict:
     return {
         "name": "",
         "title": "",  # in tables, cards and names of runs; "" for the name, or the folder's
-        "data_dir": "",  # folder: the root of the tree; TFDS: where datasets are prepared, "" for its default
+        "data_dir": "",  # folder: the tree, or a file .npz, .csv, .parquet; TFDS: where datasets are prepared
         "manual_dir": "",  # TFDS: files downloaded by hand, to prepare without a network
         "cache_dir": "",  # decoded images; "" for the user's cache folder
+        "cache_gigabytes": 50.0,  # of decoded images there; those that are used least go
+        "image_key": "",  # column of paths in a table, "" for path; feature of a TFDS dataset with several
+        "label_key": "",  # column of classes in a table, "" for label; feature of a TFDS dataset with several
+        "split_key": "",  # column of a table that says train, test or val, "" for split
         "image_size": 0,  # resize the shorter side, crop the centre; 0 takes images as they are
+        "max_value": 65535,  # of greys with more than 8 bits: 4095 where 12 bits are used; it becomes white
         "accept_changes": False,  # True: a run continues with a dataset whose images have changed
         "streaming": False,  # True: read and decode on demand, for datasets that do not fit in memory
         "workers": min(32, max(1, (os.cpu_count() or 2) - 1)),  # streaming: processes; 0: this one
         "test_fraction": 0.0,  # of the training images of each class, where there is no test split
         "validation_examples": 0,  # carved from the training split; the best epoch is chosen on them
+        "validation_fraction": 0.0,  # the same, of the training images of each class
+        "missing_classes": False,  # True: test and validation images may lack some classes
         "crop": "pad",  # then cut at random places; or resized: random parts, streaming only
         "pad": 4,
         "pad_mode": "reflect",  # or zero

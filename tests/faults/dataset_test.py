@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from configs import folder as config_folder
 from ffl_jax import data, doctor, main
-from ffl_jax.data import cache, images, limits
+from ffl_jax.data import cache, images, limits, pieces
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError, FFLError
 from ffl_jax.training.experiment import Experiment, check_belongs, run_record
 
@@ -248,9 +248,37 @@ def test_what_is_left_out_is_said(root, caplog):
     assert sorted(caplog.messages) == [
         f"Folders of {root} that are not used: extra.",
         f"Left out of {root}/test, beside its class folders: missing.",
+        f"Left out of {root}/train, as hidden or as what a system left behind: 'Thumbs.db' 1, '@eaDir' 1.",
+        f"Left out of {root}/train, as hidden or as what a system left behind: '__MACOSX' 1.",
         f"Left out of {root}/train, beside its class folders: loose.png.",
         f"Left out of {root}/train: 2 files that are no images by their suffixes: .txt 1, none 1.",
     ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("@eaDir", "@Recycle", "@Recently-Snapshot", "@__thumb", "#recycle", "#snapshot", "~snapshot"),
+        *("$RECYCLE.BIN", "RECYCLER", "System Volume Information", "FOUND.000", "lost+found", ".AppleDouble"),
+        *(
+            "__MACOSX",
+            ".thumbnails",
+            ".@__thumb",
+            ".ipynb_checkpoints",
+            "Network Trash Folder",
+            "__pycache__",
+        ),
+        *("Thumbs.db", "THUMBS.DB", "Desktop.ini", "Icon\r", "._0.png", ".DS_Store"),
+    ],
+)
+def test_what_systems_leave_behind_is_no_image_and_no_class(root, name, caplog):
+    caplog.set_level("INFO")
+    for place in ("", "train", "train/ant", "test", "test/bee"):
+        save(root / place / name / "0.png", GREEN)
+    dataset = data.load(make_config(root))
+    assert (len(dataset.train), len(dataset.test), dataset.class_names) == (8, 4, ("ant", "bee"))
+    told = [message for message in caplog.messages if f"left behind: {name!r} 1." in message]
+    assert len(told) == len(caplog.messages) == 5
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
@@ -308,6 +336,82 @@ def test_a_test_split_is_not_taken_where_there_is_one(root):
         data.load(make_config(root, name="digits", test_fraction=0.25))
     with pytest.raises(ConfigError, match=r"must be in \[0, 1\), got 20"):
         data.load(make_config(root, test_fraction=20.0))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_classes_without_test_images_are_allowed_when_asked_for(root, streamed, caplog):
+    """As a folder that is not there, and as one that is empty."""
+    settings = STREAMED if streamed else {}
+    for split, name in (("train", "cat"), ("train", "dog"), ("test", "dog"), ("val", "bee")):
+        (root / split / name).mkdir(parents=True, exist_ok=True)
+    for place in ("train/cat", "train/dog", "val/bee"):
+        save(root / place / "0.png", GREEN)
+    with pytest.raises(DatasetError, match="without an image: test/dog"):
+        data.load(make_config(root, **settings))
+    (root / "test/dog").rmdir()
+    with pytest.raises(
+        DatasetError, match=r"only in train: cat, dog; .*set config\.data\.missing_classes=True"
+    ):
+        data.load(make_config(root, **settings))
+    (root / "test/dog").mkdir()
+    dataset = data.load(make_config(root, missing_classes=True, **settings))
+    assert dataset.class_names == ("ant", "bee", "cat", "dog")
+    np.testing.assert_array_equal(dataset.test.labels, [0, 0, 1, 1])
+    np.testing.assert_array_equal(dataset.validation.labels, [1])
+    assert f"Classes of {root} without an image in test: cat, dog." in caplog.text
+    assert f"Classes of {root} without an image in val: ant, cat, dog." in caplog.text
+    (root / "test/other").mkdir()
+    save(root / "test/other/0.png", GREEN)
+    with pytest.raises(DatasetError, match="only in test: other"):
+        data.load(make_config(root, missing_classes=True, **settings))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_validation_fraction_is_of_each_class(root, streamed):
+    settings = {"validation_fraction": 0.25} | (STREAMED if streamed else {})
+    first, second = (data.load(make_config(root, **settings)) for _ in range(2))
+    np.testing.assert_array_equal(np.bincount(first.validation.labels), [1, 1])
+    np.testing.assert_array_equal(np.bincount(first.train.labels), [3, 3])
+    assert len(first.test) == 4
+    assert first.fingerprint == second.fingerprint != data.load(make_config(root)).fingerprint
+    with pytest.raises(DatasetError, match=r"validation_fraction=0\.9 leaves no training image of ant, bee"):
+        data.load(make_config(root, **settings | {"validation_fraction": 0.9}))
+    with pytest.raises(ConfigError, match="both set images aside"):
+        data.load(make_config(root, validation_examples=2, **settings))
+    with pytest.raises(ConfigError, match=r"validation_fraction must be in \[0, 1\), got 10"):
+        data.load(make_config(root, validation_fraction=10.0))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_greys_of_12_bits(root, streamed):
+    """White is what is said to be; what is decoded for one is not taken for the other."""
+    grey = np.full((4, 6), 2048, np.uint16)
+    grey[0, 0] = 4095
+    for kind in ("png", "tif"):
+        Image.fromarray(grey).save(root / f"train/ant/00.{kind}")
+
+    def corner(**settings):
+        dataset = data.load(make_config(root, **(STREAMED if streamed else {}), **settings))
+        if not streamed:
+            return dataset.train.images[1:3, :, :, 0]
+        made = pieces.EvalPieces(dataset.train, 4, (0, 1), "pad")[0][0][1:3, :, :, 0]
+        return made[:, 1:, 1:]
+
+    # value * 255 / 65535 and / 4095, rounded by hand
+    for settings, white, middle in (
+        ({}, 16, 8),
+        ({"max_value": 4095}, 255, 128),
+        ({"max_value": 5000}, 209, 104),
+    ):
+        found = corner(**settings)
+        assert (found[:, 1:, 1:] == middle).all()
+        assert streamed or (found[:, 0, 0] == white).all()
+    with pytest.raises(
+        DatasetError, match=r"00\.png cannot be decoded.*0\.\.4000.*config\.data\.max_value=4000"
+    ):
+        corner(max_value=4000)
+    with pytest.raises(ConfigError, match="max_value must be at least 1, got 0"):
+        corner(max_value=0)
 
 
 def test_a_class_that_loses_over_half_is_named(root, caplog):
