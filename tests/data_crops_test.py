@@ -105,8 +105,8 @@ def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(monkeypatch):
     """By the largest divisor that leaves as many pixels as are asked for, and nothing moves by it."""
     sizes, to_rgb = [], images.to_rgb
 
-    def spy(opened):
-        image = to_rgb(opened)
+    def spy(opened, *given):
+        image = to_rgb(opened, *given)
         sizes.append(image.size)
         return image
 

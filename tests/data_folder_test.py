@@ -118,6 +118,27 @@ def test_decoded_once_and_again_when_a_file_changes(root, monkeypatch):
     assert decoded
 
 
+def test_decoded_images_are_shared(root, monkeypatch):
+    """Whatever is set aside, whatever a split is used as, and whatever it is called."""
+    for name in ("ant", "bee"):
+        for split in ("train", "val"):
+            for number in range(3):
+                save(root / split / name / f"more{number}.png", GREEN)
+    data.load(make_config(root))
+    monkeypatch.setattr(base, "decode_image", None)
+    for settings in (
+        {"validation_examples": 2},
+        {"validation_fraction": 0.3},
+        {"title": "other"},
+        {"pad": 1},
+    ):
+        data.load(make_config(root, **settings))
+    (root / "test").rename(root / "elsewhere")
+    assert len(data.load(make_config(root)).test) == 6
+    (root / "val").rename(root / "away")
+    data.load(make_config(root, test_fraction=0.3))
+
+
 def test_image_size_resizes_the_shorter_side_and_cuts_the_centre(tmp_path):
     """Left third red, middle green, right blue: the centre square of 30x10 pixels is green."""
     root = tmp_path / "images"

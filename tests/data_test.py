@@ -1,11 +1,15 @@
 import dataclasses
 import logging
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from conftest import data_section
 
-from ffl_jax import data
+from ffl_jax import data, doctor
 from ffl_jax.data import base, cache
 from ffl_jax.errors import ConfigError, DatasetError
 
@@ -190,3 +194,93 @@ def test_cache_on_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, caplo
         cache.cached("set", "source", str(tmp_path), Counter())
     assert "No space left on device" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+def fill(folder, *names, size=1000):
+    """Cache files of so many bytes of pixels, the first used an hour before the second and so on."""
+    paths = []
+    for age, name in enumerate(reversed(names)):
+        cache.cached(name, name, str(folder), lambda: {"a": np.zeros(size, np.uint8)})
+        (path,) = folder.glob(f"{name}-*.npz")
+        used = time.time() - 3600 * (age + 1)
+        os.utime(path, (used, used))
+        paths.insert(0, path)
+    forget()
+    return paths
+
+
+def forget():
+    """As at the end of a process that has used the cache."""
+    while cache._in_use:
+        cache._in_use.pop().close()
+
+
+def test_the_cache_has_a_bound_and_what_is_used_least_goes(tmp_path):
+    first, second, third = fill(tmp_path, "first", "second", "third")
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "mine.npz").touch()
+    each = first.stat().st_size / 1e9
+    cache.cached("first", "first", str(tmp_path), Counter())  # read, and so used last
+    forget()
+    cache.cached("fourth", "fourth", str(tmp_path), lambda: {"a": np.zeros(1000, np.uint8)}, 3.1 * each)
+    assert first.exists()
+    assert not second.exists()
+    assert third.exists()
+    (fourth,) = tmp_path.glob("fourth-*.npz")
+    assert [one.path for one in cache.entries(tmp_path)] == [fourth, first, third]
+    assert {path.name for path in tmp_path.iterdir()} > {"downloads", "mine.npz"}
+
+
+def test_what_is_larger_than_the_bound_is_not_kept(tmp_path, caplog):
+    (first,) = fill(tmp_path, "first")
+    cache.cached("second", "second", str(tmp_path), Counter(), 1e-7)
+    assert list(tmp_path.iterdir()) == [first]
+    assert "config.data.cache_gigabytes=1e-07" in caplog.text
+    caplog.clear()
+    cache.cached("second", "second", str(tmp_path), Counter(), 0.0)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_what_a_running_program_has_loaded_stays(tmp_path, read):
+    """Another process, until it ends, however it does."""
+    if read:
+        fill(tmp_path, "first")
+    script = (
+        "import sys, numpy as np; from ffl_jax.data import cache; "
+        f"cache.cached('first', 'first', {str(tmp_path)!r}, lambda: {{'a': np.zeros(1000, np.uint8)}}); "
+        "print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdin=-1, stdout=-1, env=environment) as process:
+        process.stdout.readline()
+        assert not cache.prune(tmp_path, 0.0)
+        (entry,) = cache.entries(tmp_path)
+        assert entry.in_use
+        assert str(entry).endswith(", in use")
+        process.kill()
+    assert [one.path for one in cache.prune(tmp_path, 0.0)] == [entry.path]
+    assert not list(tmp_path.iterdir())
+
+
+def test_unfinished_files_go_once_nobody_writes_them(tmp_path):
+    (path,) = fill(tmp_path, "first")
+    old, new = (path.with_suffix(f".{character * 32}.tmp") for character in "ab")
+    for one in (old, new):
+        one.touch()
+    os.utime(old, (0, 0))
+    assert [one.path for one in cache.prune(tmp_path, 50.0)] == [old]
+
+
+def test_the_doctor_lists_and_prunes_the_cache(tmp_path, capsys):
+    first, second = fill(tmp_path, "first", "second", size=10**6)
+    argv = ["doctor", f"--config.data.cache_dir={tmp_path}"]
+    doctor.command([*argv, "--cache"])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{tmp_path}: 2 files, 0.002 GB of at most 50" in lines[0]
+    assert [line.split()[1] for line in lines[1:]] == [f"{second.name}:", f"{first.name}:"]
+    doctor.command([*argv, "--prune_cache=0.0015"])
+    assert "removed:" in (text := capsys.readouterr().out)
+    assert first.name in text
+    assert list(tmp_path.iterdir()) == [second]

@@ -248,7 +248,7 @@ def test_what_is_left_out_is_said(root, caplog):
     assert sorted(caplog.messages) == [
         f"Folders of {root} that are not used: extra.",
         f"Left out of {root}/test, beside its class folders: missing.",
-        f"Left out of {root}/train, as hidden or as what a system left behind: 'Thumbs.db' 1, '@eaDir' 1.",
+        f"Left out of {root}/train, as hidden or as what a system left behind: '@eaDir' 1, 'Thumbs.db' 1.",
         f"Left out of {root}/train, as hidden or as what a system left behind: '__MACOSX' 1.",
         f"Left out of {root}/train, beside its class folders: loose.png.",
         f"Left out of {root}/train: 2 files that are no images by their suffixes: .txt 1, none 1.",
@@ -608,3 +608,85 @@ def test_a_run_goes_on_with_a_repaired_dataset(root, change, accepted, refusal, 
     else:
         check_belongs(record, experiment(), root)
         assert "Going on with it as it is now" in caplog.text
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_doctor_tells_copies_and_what_is_done_to_images(root, streamed, capsys):
+    """Within a split, across splits, and of two classes; sizes by hand."""
+    for split in ("train", "test"):
+        for number, path in enumerate(sorted((root / split).rglob("*.png"))):
+            size = (8, 6) if path.name == "3.png" else (6, 4)
+            save(path, (number, 100 * (split == "test"), 7), size)
+    shutil.copy(root / "train/ant/0.png", root / "train/ant/4.png")
+    shutil.copy(root / "train/ant/1.png", root / "test/bee/2.png")
+    settings = {"image_size": 6} | (
+        {"streaming": True, "workers": 0, "mean": "(0.5,0.5,0.5)", "std": "(0.5,0.5,0.5)"} if streamed else {}
+    )
+    doctor.command(["doctor", *flags(root, **settings)])
+    lines = [line.partition(":")[2].strip() for line in capsys.readouterr().out.splitlines()]
+    text = "\n".join(lines)
+    assert f"copies within train: 1: {root}/train/ant/4.png = {root}/train/ant/0.png" in lines
+    pair = f"{root}/test/bee/2.png = {root}/train/ant/1.png"
+    assert f"warning: images of test that are in train too: 1, 1 of them with another class: {pair}" in lines
+    assert "brought to 6x6 pixels: of 14 images, 12 smaller ones enlarged, 14 cut to a square" in lines
+    assert "train: ant 5, bee 4" in text
+    assert "warning: the learning rate never falls" not in text
+
+
+def test_the_doctor_decodes_once(root, monkeypatch, capsys):
+    decoded, to_rgb = [], images.to_rgb
+    monkeypatch.setattr(images, "to_rgb", lambda *given: decoded.append(given) or to_rgb(*given))
+    examine(root)
+    assert len(decoded) == 12 + 2  # of each split the first, too, whose size counts
+    examine(root)  # from the cache
+    assert len(decoded) == 14
+    assert "train: 8 images of 6 x 4 pixels (RGB 8)" in capsys.readouterr().out
+
+
+def test_the_doctor_warns_of_dark_greys_and_a_constant_learning_rate(root, capsys):
+    Image.fromarray(np.full((4, 6), 4000, np.uint16)).save(root / "train/ant/grey.png")
+    rate = ("--config.optimizer.schedule=constant",)
+    doctor.command(["doctor", *flags(root, image_size=6), *rate])
+    text = capsys.readouterr().out
+    assert "greys of more than 8 bits up to 4000; 65535 becomes white, so that they are dark" in text
+    assert "set config.data.max_value=4095 perhaps" in text
+    assert "warning: the learning rate never falls in 300 epochs" in text
+    doctor.command(["doctor", *flags(root, image_size=6, max_value=4095)])
+    text = capsys.readouterr().out
+    assert "up to 4000; 4095 becomes white" in text
+    assert "they are dark" not in text
+
+
+def test_the_doctor_names_small_classes_of_many(root, capsys):
+    for number in range(20):
+        for split, count in (("train", 12 if number else 1), ("test", 1)):
+            for image in range(count):
+                save(root / split / f"class{number:02}" / f"{image}.png", (number, image, 9))
+    examine(root)
+    text = capsys.readouterr().out
+    assert "train: from class00 1 to class19 12; below a tenth of the usual: class00 1" in text
+
+
+def test_the_doctor_looks_at_arrays_and_tables(root, capsys):
+    shape = (6, 8, 8, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    np.savez(
+        root / "a.npz",
+        train_images=pixels,
+        train_labels=np.arange(6) % 2,
+        test_images=pixels[:2],
+        test_labels=np.arange(2),
+    )
+    (root / "a.csv").write_text(
+        "path,label,split\n"
+        + "".join(
+            f"{path.relative_to(root)},{path.parent.name},{path.parent.parent.name}\n"
+            for path in root.rglob("*.png")
+        )
+    )
+    doctor.command(["doctor", *flags(root / "a.npz", image_size=0, cache_dir=f"{root}_cache")])
+    text = capsys.readouterr().out
+    assert "train: 6 images of 8 x 8 pixels (RGB 6)" in text
+    assert "warning: images of test that are in train too: 2: image 0 = image 0, image 1 = image 1" in text
+    doctor.command(["doctor", *flags(root / "a.csv", image_size=6, cache_dir=f"{root}_cache")])
+    assert "train: 8 images of 6 x 4 pixels (RGB 8)" in capsys.readouterr().out
