@@ -3,11 +3,11 @@
     python -m ffl_jax.main --config=configs/imagenet.py --workdir=runs/imagenet
 
 A folder tree, `DIR/train/<wnid>/*` and `DIR/val/<wnid>/*`: add `--config.data.name=folder
---config.data.data_dir=DIR`. TFDS prepares ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, downloaded by
-hand, from `--config.data.manual_dir`. The FFL authors' recipe for ImageNet was not found: this is the usual
-one of ResNets, FFL's fusion module takes the map of 512 channels at 7x7, its ramp takes 24 epochs. Their
-numbers were not found either; ResNet-18 alone reaches 69.76 % (torchvision), with FFSD 70.87 % (README of its
-released code).
+--config.data.data_dir=DIR`; `val` is tested on, also beside a `DIR/test` without labels. TFDS prepares
+ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, downloaded by hand, from `--config.data.manual_dir`. The
+FFL authors' recipe for ImageNet was not found: this is the usual one of ResNets, FFL's fusion module takes
+the map of 512 channels at 7x7, its ramp takes 24 epochs. Their numbers were not found either; ResNet-18 alone
+reaches 69.76 % (torchvision), with FFSD 70.87 % (README of its released code).
 """
 
 from configs import common

@@ -2,9 +2,10 @@
 
     python -m ffl_jax.main --config=configs/tiny_imagenet.py --config.data.data_dir=DIR --workdir=runs/tiny
 
-DIR is the unpacked tiny-imagenet-200.zip; the test split is its `val`. ResNet-18 has the stem of ImageNet,
-which leaves a last map of 2x2 pixels; CIFAR's networks (`:network=wrn16_2`) keep 16x16. Others report, by a
-recipe and a stem that they do not state, 65.30 % for ResNet-18 alone and 68.89 % with FFL (README of CMFF).
+DIR is the unpacked tiny-imagenet-200.zip; the test split is its `val`, sorted into classes or not. ResNet-18
+has the stem of ImageNet, which leaves a last map of 2x2 pixels; CIFAR's networks (`:network=wrn16_2`) keep
+16x16. Others report, by a recipe and a stem that they do not state, 65.30 % for ResNet-18 alone and 68.89 %
+with FFL (README of CMFF).
 """
 
 from configs import common

@@ -74,6 +74,18 @@ def user(one_run, tmp_path, monkeypatch):
         Image.fromarray(np.uint8(pixels.reshape(8, 8) * 15).repeat(4, 0).repeat(4, 1)).save(
             folder / f"{index}.png"
         )
+    with open(tmp_path / "my_images/photos.csv", "w") as table:
+        table.write("file,species,split\n")
+        for path in sorted((tmp_path / "my_images").rglob("*.png")):
+            split, species, name = path.relative_to(tmp_path / "my_images").parts
+            table.write(f"{split}/{species}/{name},{species},{split}\n")
+    pixels = np.uint8(images.reshape(-1, 8, 8) * 15)
+    arrays = {"train": slice(0, 200), "val": slice(200, 250), "test": slice(250, 300)}
+    np.savez(
+        tmp_path / "pathmnist.npz",
+        **{f"{name}_images": pixels[part] for name, part in arrays.items()},
+        **{f"{name}_labels": labels[part, None] for name, part in arrays.items()},
+    )
     for name in ("photo.jpg", "more_photos/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(np.uint8(images[0].reshape(8, 8) * 15)).save(tmp_path / name)

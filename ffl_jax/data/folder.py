@@ -45,6 +45,7 @@ def load(config):
             raise DatasetError(f"config.data.data_dir {path} does not exist.")
         return base.FILES[path.suffix.lower()](config, path)
     top = root(config, "your images", _LAYOUT)
+    roles.refuse_keys(config, top)
     there, _, litter = _entries(top)
     _say_litter(top, litter)
     held_out = [name for name in roles.SPLITS[1:] if name in there]

@@ -30,6 +30,7 @@ def load(config, path: pathlib.Path):
     `config.max_value`; labels are numbers or texts, [N] or [N, 1]. Classes are called by their labels and
     sorted, numbers by value. Nothing is unpickled, and headers are looked at before memory is taken.
     """
+    roles.refuse_keys(config, path)
     if config.streaming:
         raise ConfigError(f"{path} is always held in memory: set config.data.streaming=False.")
     images.check_regular(path, path.stat(), limits.MAX_ARRAY_BYTES)

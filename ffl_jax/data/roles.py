@@ -59,6 +59,16 @@ def choose(config, where, labelled: Collection[str], there: Iterable[str], what:
     return roles
 
 
+def refuse_keys(config, where):
+    """Raises ConfigError for names of columns that are given for what has none."""
+    for key in ("image_key", "label_key", "split_key"):
+        if config[key]:
+            raise ConfigError(
+                f"config.data.{key}={config[key]} names a column of a table, or a feature of a TFDS dataset, "
+                f"and {where} has neither: leave it empty."
+            )
+
+
 def check_classes(config, where, split: str, train: Collection[str], other: Collection[str]):
     """Raises DatasetError unless a split has the classes of `train`, or, where that is allowed, some of them.
 

@@ -102,6 +102,10 @@ def _data(config) -> Generator[tuple[str, str | FFLError], None, Dataset | None]
         yield "images", text
     if refusal:
         yield "dataset", refusal
+        return None
+    for role, split in _splits(dataset).items():
+        if split.labels is None and role in surveys:  # which only looking at all of them tells
+            yield "images", f"{role}: {_counts(dataset.class_names, surveys[role].labels)}"
     return dataset
 
 

@@ -366,6 +366,14 @@ def test_classes_without_test_images_are_allowed_when_asked_for(root, streamed, 
         data.load(make_config(root, missing_classes=True, **settings))
 
 
+@pytest.mark.parametrize("key", ["image_key", "label_key", "split_key"])
+def test_columns_of_what_has_none_are_refused(root, key):
+    np.savez(root / "a.npz", train_images=1)
+    for place in (root, root / "a.npz"):
+        with pytest.raises(ConfigError, match=f"{key}=x names a column of a table"):
+            data.load(make_config(place, **{key: "x"}))
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_validation_fraction_is_of_each_class(root, streamed):
     settings = {"validation_fraction": 0.25} | (STREAMED if streamed else {})
@@ -690,3 +698,12 @@ def test_the_doctor_looks_at_arrays_and_tables(root, capsys):
     assert "warning: images of test that are in train too: 2: image 0 = image 0, image 1 = image 1" in text
     doctor.command(["doctor", *flags(root / "a.csv", image_size=6, cache_dir=f"{root}_cache")])
     assert "train: 8 images of 6 x 4 pixels (RGB 8)" in capsys.readouterr().out
+
+
+def test_the_doctor_counts_the_classes_of_streamed_records(tmp_path, capsys):
+    """Whose labels nobody knows before they are read."""
+    write_dataset(tmp_path / "made/1.0.0", three_shards())
+    given = {"name": "made", "data_dir": tmp_path, "streaming": True, "workers": 0, "image_size": 4}
+    given |= {"mean": "(0.5,0.5,0.5)", "std": "(0.5,0.5,0.5)", "cache_dir": tmp_path / "cache"}
+    doctor.command(["doctor", *flags(tmp_path, **given), "--config.data.pad=1"])
+    assert "train: ant 103, bee 102, cat 102" in capsys.readouterr().out
