@@ -339,6 +339,7 @@ FREE = {
     "data.data_dir": "elsewhere",
     "data.manual_dir": "elsewhere",
     "data.cache_dir": "elsewhere",
+    "data.cache_gigabytes": 9.0,
     "data.accept_changes": True,
     "data.workers": 3,
     "subnetworks.execution": "loop",

@@ -126,6 +126,13 @@ def test_validation_stands_in_for_test_and_features_are_found_by_type(tmp_path):
     np.testing.assert_array_equal(data.load(make_config(tmp_path)).test.images, examples(5, seed=3)[0])
 
 
+def test_val_stands_in_for_a_test_split_without_labels(tmp_path):
+    """As in i_naturalist2021."""
+    splits = three_shards(test="val") | {"test": [(examples(5, seed=4)[0], np.full(5, -1))]}
+    write_dataset(tmp_path / "made/1.0.0", splits)
+    np.testing.assert_array_equal(data.load(make_config(tmp_path)).test.images, examples(5, seed=3)[0])
+
+
 def test_validation_beside_test_is_the_validation_split(tmp_path):
     splits = three_shards() | {"validation": [examples(6, seed=5)]}
     write_dataset(tmp_path / "made/1.0.0", splits)

@@ -91,6 +91,8 @@ class _Array:
         self.where = f"{member.filename.removesuffix('.npy')} of {path}"
         with archive.open(member) as file:
             head = io.BytesIO(file.read(_HEADER_BYTES))
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{self.where} is packed as NumPy does not")
         version = np.lib.format.read_magic(head)
         if version not in _READERS:
             raise ValueError(f"{self.where} is of version {version} of NumPy's format")
@@ -117,7 +119,7 @@ class _Array:
         array = self._read()
         if self.dtype == np.uint16:
             try:
-                array = images.grey_levels(array, config.max_value)
+                array = np.stack([images.grey_levels(one, config.max_value) for one in array])
             except ValueError as error:
                 raise DatasetError(f"{self.where} cannot be used: {error}.") from error
         if array.ndim == 3:

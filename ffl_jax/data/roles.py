@@ -38,8 +38,9 @@ def choose(config, where, labelled: Collection[str], there: Iterable[str], what:
         )
     if "train" not in labelled or not (held_out or config.test_fraction):
         raise DatasetError(
-            f"{where} has {some(sorted(labelled)) or 'nothing'} to learn from and to test on, and train is "
-            "needed, and test or val: add what is missing, or set config.data.test_fraction to split train."
+            f"{where} needs images to train on and to test on, in train and in test or val, and has only "
+            f"{some(sorted(labelled)) or 'others'}; set config.data.test_fraction to split train, or add "
+            "what is missing."
         )
     roles = {"train": "train"} | dict(zip(("test",), held_out, strict=False))
     others = held_out[1:] if roles.get("test") == "test" else []
@@ -48,7 +49,7 @@ def choose(config, where, labelled: Collection[str], there: Iterable[str], what:
         roles["validation"] = others[0]
         logging.info("The validation split is %s/%s.", where, others[0])
     if held_out and roles["test"] != "test":
-        logging.info("The test split is %s/%s: there is no test with classes of train.", where, roles["test"])
+        logging.info("The test split is %s/%s: there is no test with labels of train.", where, roles["test"])
     unused = sorted(set(there) - set(roles.values()))
     if unused:
         advice = ""

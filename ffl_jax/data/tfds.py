@@ -17,7 +17,7 @@ import re
 import numpy as np
 from absl import logging as absl_logging
 
-from ffl_jax.data import base, cache, images, limits
+from ffl_jax.data import base, cache, images, limits, roles
 from ffl_jax.data import records as records_lib
 from ffl_jax.errors import ConfigError, DatasetError, FFLError, ResourceError
 from ffl_jax.workdir.paths import expanded
@@ -35,8 +35,7 @@ _INSTALL = "run `pip install tensorflow` (or `pip install -e '.[prepare]'`) and 
 def load(config):
     """Reads `config.name` (`name`, `name/config` or `name/config:version`), and prepares it first if need be.
 
-    The test split is `test`, or `validation` for datasets without one and where `test` has no labels; else
-    `validation` is the validation split.
+    Which split is trained on, tested on and chosen by says `roles.choose`.
     """
     builder = _builder(config)
     if not (pathlib.Path(builder.data_dir) / "dataset_info.json").exists():
@@ -56,39 +55,15 @@ def load(config):
 
 
 def _records(config, builder, image_key: str, label_key: str) -> dict[str, "Records"]:
-    """What is read of each split: `train`, `test`, perhaps `validation`. Says what is not used."""
-    candidates = {"train": ("train",), "test": ("test", "validation")}
-    there = [name for name in candidates["test"] if _num_examples(builder, name)]
-    if config.test_fraction and there:
-        raise ConfigError(
-            f"config.data.test_fraction={config.test_fraction} takes a test split from the training images, "
-            f"but {config.name} has {', '.join(there)}: set it to 0."
-        )
-    if config.test_fraction:
-        del candidates["test"]
-    records, unused = {}, set(builder.info.splits) - {"train"}
-    for role, names in candidates.items():
-        filled = [name for name in names if _num_examples(builder, name)]
-        if not filled:
-            raise DatasetError(
-                f"{config.name} needs a split train and a split test or validation, and has only "
-                f"{', '.join(builder.info.splits) or 'none'}; set config.data.test_fraction to split one."
-            )
-        for name in filled:
+    """{role: what is read} of each split, as of `roles.choose`."""
+    labelled = {}
+    for name in roles.SPLITS:
+        if _num_examples(builder, name):
             _check_files(builder, name)
-            records[role] = Records(builder, name, image_key, label_key)
-            if records[role].labelled():
-                break
-    unused.discard(name)
-    if name == "test" and _num_examples(builder, "validation") and not config.validation_examples:
-        _check_files(builder, "validation")
-        validation = Records(builder, "validation", image_key, label_key)
-        if validation.labelled():
-            records["validation"] = validation
-            unused.discard("validation")
-    if unused:
-        logging.info("Splits of %s that are not used: %s.", config.name, ", ".join(sorted(unused)))
-    return records
+            records = Records(builder, name, image_key, label_key)
+            labelled |= {name: records} if records.labelled() else {}
+    chosen = roles.choose(config, config.name, labelled, builder.info.splits, "Splits")
+    return {role: labelled[name] for role, name in chosen.items()}
 
 
 def _num_examples(builder, split: str) -> int:
