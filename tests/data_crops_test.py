@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ffl_jax import deployment
 from ffl_jax.data import crops, images
 
 
@@ -163,3 +164,18 @@ def test_evaluation_of_padded_crops_sees_what_training_pads():
     np.testing.assert_array_equal(
         crops.evaluation_image(encoded, "pad", 20), images.decode_image(encoded, image_size=20)
     )
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized"])
+def test_greys_of_12_bits_are_scaled_as_in_training(crop):
+    """Wherever a file is read: for training, for evaluation, and by what was exported."""
+    encoded = encode(np.full((30, 30), 2048, np.uint16), "PNG")
+    card = {"class_names": ["a", "b"], "image_size": [20, 20], "crop": crop}
+    # value * 255 / 65535 and / 4095, rounded by hand
+    for given, expected in (((), 8), ((4095,), 128)):
+        assert (crops.evaluation_image(encoded, crop, 20, *given) == expected).all()
+        generators = [np.random.default_rng(0)]
+        assert (crops.random_resized(encoded, 20, generators, False, *given) == expected).all()
+        more = dict(zip(("max_value",), given, strict=False))
+        model = deployment.Model(card | more, "onnx", run=None, device="cpu")
+        assert (model.read_image(encoded) == expected).all()

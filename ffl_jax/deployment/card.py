@@ -5,7 +5,7 @@ import reprlib
 import sys
 from collections.abc import Callable
 
-from ffl_jax.data import crops, limits
+from ffl_jax.data import crops
 from ffl_jax.errors import CheckpointError
 
 VERSION = 1
@@ -88,6 +88,7 @@ _KEYS: dict[str, tuple[str, Callable]] = {
         _architecture,
     ),
 }
+_ADDED = ("max_value",)  # cards before had none of them: 65535 was white
 
 
 def parse(text: str | bytes) -> dict:
@@ -109,8 +110,9 @@ def parse(text: str | bytes) -> dict:
         raise CheckpointError(
             f"its card_version is {version}, and this version of ffl_jax reads {VERSION}: use a newer one."
         )
-    card.setdefault("max_value", limits.MAX_GREY)  # as all were before it could be said
     for key, (wanted, holds) in _KEYS.items():
+        if key not in card and key in _ADDED:
+            continue
         if key not in card:
             raise CheckpointError(f"its card has no {key}: export it again.")
         if not holds(card[key]):
