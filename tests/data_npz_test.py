@@ -101,6 +101,16 @@ def test_splits_of_training_images_alone(tmp_path):
         load(write(tmp_path / "path.npz", medmnist()), test_fraction=0.2)
 
 
+def test_val_stands_in_for_test_images_without_labels(tmp_path, caplog):
+    caplog.set_level("INFO")
+    arrays = medmnist()
+    del arrays["test_labels"]
+    path = write(tmp_path / "path.npz", arrays)
+    np.testing.assert_array_equal(load(path).test.labels, arrays["val_labels"][:, 0])
+    assert f"Arrays of {path} that are not used: test_images." in caplog.text
+    assert f"The test split is {path}/val" in caplog.text
+
+
 def test_title_is_the_files_name(tmp_path):
     config = every_key("independent")
     for place, title in (("pathmnist.npz", "pathmnist"), ("photos.v2", "photos.v2"), ("a/b.csv", "b")):
@@ -185,6 +195,7 @@ FAULTS = {
     "no pixels": (change(test_images=pixels(3, 0, 8)), "has 8x0 pixels"),
     "labels with fractions": (change(test_labels=np.ones(3)), "float64.*must be whole numbers or texts"),
     "too few labels": (change(test_labels=np.arange(2)), "one for each of the 3 images"),
+    "other labels": (change(test_labels=np.array(["0", "1", "x"])), "only in train: 2; only in test: x"),
     "unknown class": (change(test_labels=np.arange(3) + 1), "only in train: 0; only in test: 3"),
     "no image": (change(train_images=pixels(0, 8, 8), train_labels=np.arange(0)), "0 class|only in test"),
 }

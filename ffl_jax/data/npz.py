@@ -50,9 +50,10 @@ def _load(config, path, archive):
     for split in roles.SPLITS:
         for names in _NAMES:
             pair = [name.format(split) for name in names]
-            if len(there := [name for name in pair if name in members]) == 1:
+            there = [name for name in pair if name in members]
+            if len(there) == 1 and split == "train":
                 raise DatasetError(f"{path} has {there[0]}, but of {' and '.join(pair)} both are needed.")
-            if there:
+            if len(there) == 2:  # others lack labels perhaps, as of a contest
                 found.setdefault(split, pair)
     if "train" not in found:
         pairs = " or ".join(" and ".join(names).format("train", "train") for names in _NAMES)
@@ -69,12 +70,12 @@ def _load(config, path, archive):
     for pixels, labels in arrays.values():
         _check_shapes(pixels, labels)
     read = {split: (pixels.pixels(config), labels.labels()) for split, (pixels, labels) in arrays.items()}
-    known = np.unique(read["train"][1])
-    names = tuple(map(str, known.tolist()))
-    splits = []
+    names = tuple(map(str, np.unique(read["train"][1]).tolist()))
+    label_of, splits = {name: label for label, name in enumerate(names)}, []
     for split, (pixels, labels) in read.items():
-        roles.check_classes(config, path, split, names, tuple(map(str, np.unique(labels).tolist())))
-        splits.append(base.Split(pixels, np.searchsorted(known, labels)))
+        texts = list(map(str, labels.tolist()))
+        roles.check_classes(config, path, split, names, set(texts))
+        splits.append(base.Split(pixels, np.array([label_of[text] for text in texts], np.int32)))
     train, test, *validation = splits if len(splits) > 1 else (*splits, None)
     return train, test, names, *validation
 
