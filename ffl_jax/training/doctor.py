@@ -151,10 +151,8 @@ def _dataset(config, dataset):
     height, width, _ = made.image_shape
     splits = _splits(dataset)
     sizes = ", ".join(f"{name} {len(split)}" for name, split in splits.items())
-    yield (
-        f"{dataset.name}: {sizes} images of {height}x{width}, {len(dataset.class_names)} classes, "
-        f"{made.steps_per_epoch} steps an epoch"
-    )
+    classes = f"{len(dataset.class_names)} classes, {made.steps_per_epoch} steps an epoch"
+    yield f"{config_lib.dataset_title(config)}: {sizes} images of {height}x{width}, {classes}"
     for name, split in splits.items():
         if split.labels is not None:
             yield f"{name}: {_counts(dataset.class_names, split.labels)}"

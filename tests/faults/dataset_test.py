@@ -697,7 +697,9 @@ def test_the_doctor_looks_at_arrays_and_tables(root, capsys):
     assert "train: 6 images of 8 x 8 pixels (RGB 6)" in text
     assert "warning: images of test that are in train too: 2: image 0 = image 0, image 1 = image 1" in text
     doctor.command(["doctor", *flags(root / "a.csv", image_size=6, cache_dir=f"{root}_cache")])
-    assert "train: 8 images of 6 x 4 pixels (RGB 8)" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "train: 8 images of 6 x 4 pixels (RGB 8)" in text
+    assert "a: train 8, test 4 images of 6x6, 2 classes" in text
 
 
 def test_the_doctor_counts_the_classes_of_streamed_records(tmp_path, capsys):
