@@ -154,7 +154,10 @@ def difference(one: Group, other: Group) -> Difference | None:
 
 def _carved(run: FinishedRun) -> str:
     data = run.config.get("data")
-    return str(data.get("validation_examples") if isinstance(data, dict) else None)
+    if not isinstance(data, dict):
+        return "None"
+    # A run of an earlier version does not have the second.
+    return str((data.get("validation_examples"), data.get("validation_fraction") or 0.0))
 
 
 def _number(value) -> float | None:

@@ -146,7 +146,7 @@ def check(config: ConfigDict):
     if method.uses_validation and not (config.data.validation_examples or config.data.validation_fraction):
         raise ConfigError(
             f"this {config.method.name} learns from a validation split of the training images: set "
-            "config.data.validation_examples, now 0."
+            "config.data.validation_examples or config.data.validation_fraction, both now 0."
         )
 
 

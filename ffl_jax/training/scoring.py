@@ -178,7 +178,7 @@ def evaluate_checkpoint(
     experiment = restored.experiment
     part = getattr(experiment.dataset, split)
     if part is None:
-        raise ConfigError(f"{workdir} has no {split} split: it was trained with validation_examples=0.")
+        raise ConfigError(f"{workdir} has no {split} split: it was trained without one.")
     predictor = predictor or experiment.method.headline
     if predictor not in (known := experiment.method.roles()):
         raise ConfigError(
