@@ -15,7 +15,7 @@ _IGNORED += tuple(f"data.{key}" for key in FREE_DATA_KEYS)
 _OWN = ("method.", "optimizer_rules", "subnetworks.", "teachers.")
 _TOLD = ("subnetworks.", "teachers.")  # of these, what is worth a note
 _ASKED_FOR = ("epochs", "batch_size", "optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay")
-_ASKED_FOR += ("optimizer.schedule", "data.validation_examples", "data.validation_fraction", "precision")
+_ASKED_FOR += ("optimizer.schedule", "data.validation_examples", "precision")
 _VERSIONS = ("ffl_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
