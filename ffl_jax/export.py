@@ -8,13 +8,20 @@ from ffl_jax import cli, deployment
 
 USAGE = """
 python -m ffl_jax.export --workdir=DIR [--predictor=NAME] [--format=stablehlo|safetensors|onnx] --output=PATH
-                         [--step=N] [--data_dir=DIR]
+                         [--step=N] [--data_dir=DIR | --images=FOLDER,FILE,...]
 
 Writes one prediction of a finished or running training as a file that python -m ffl_jax.predict takes: raw
 images in, logits out. What only training needs is gone. A new process reads the file again and must compute
-what the checkpoint does on images of the test split, else nothing is written. docs/deploy.md says what the
-formats are for and how other programs use them.
+what the checkpoint does on images of the test split, else nothing is written. Where the dataset is gone, it
+does so on --images, or on random ones. docs/deploy.md says what the formats are for and how other programs
+use them.
 """
+
+_IMAGES = {
+    "test split": "images of the test split",
+    "given images": "images of --images",
+    "random images": "random images, for want of the dataset",
+}
 
 
 def command(argv: list[str]):
@@ -29,6 +36,7 @@ def command(argv: list[str]):
     flags.DEFINE_string("output", None, "The file to write.", flag_values=values)
     flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.", flag_values=values)
     flags.DEFINE_string("data_dir", None, "Where the dataset is now, if it has moved.", flag_values=values)
+    flags.DEFINE_list("images", "", "Images to compare on, in place of the dataset's.", flag_values=values)
     cli.parse(values, argv, USAGE)
     for name in ("workdir", "output"):
         if not values[name].value:
@@ -38,15 +46,14 @@ def command(argv: list[str]):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from ffl_jax.deployment import exporting
 
-    report = exporting.export(
-        values.workdir, values.output, values.format, values.predictor, values.step, values.data_dir
-    )
+    names = ("workdir", "output", "format", "predictor", "step", "data_dir", "images")
+    report = exporting.export(*(values[name].value for name in names))
     card, times = report.card, report.milliseconds.items()
     print(f"{card['predictor']} of {card['method']} ({' + '.join(card['networks'])}), step {card['step']}")
     print(f"parameters {card['parameters']:,}, FLOPs {card['flops'] or 0:,}, file {report.bytes:,} bytes")
     print(
         f"largest difference from the checkpoint {report.difference:.1e}, where logits reach "
-        f"{report.scale:.1f}, on {report.images} images of the test split"
+        f"{report.scale:.1f}, on {report.images} {_IMAGES[card['checked_on']]}"
     )
     latency = ", ".join(f"{time:.2f} ms for {size} image{'s' * (size > 1)}" for size, time in times)
     print(f"latency on {report.device}: {latency}")

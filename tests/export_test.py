@@ -1,7 +1,10 @@
 """Exported files against the checkpoint in float64, what travels in them, and what is refused."""
 
+import functools
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import zipfile
 
@@ -11,13 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import digits
 from ffl_jax import deployment
+from ffl_jax import export as export_command
 from ffl_jax.deployment import check, exporting, predictor, safetensors, stablehlo
 from ffl_jax.deployment.folding import fold
-from ffl_jax.errors import CheckpointError, ConfigError
+from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 from ffl_jax.methods import METHODS
+from ffl_jax.training.experiment import remembered_dataset, run_record
 
 # By hand: two ResNet-8 with a trunk of two stages and the fusion module without the heads; one ResNet-8.
 TRUNK = 27 * 16 + 32 + 2 * (9 * 16 * 16 + 32) + 9 * 16 * 32 + 9 * 32 * 32 + 16 * 32 + 3 * 64
@@ -110,7 +116,18 @@ def test_a_program_is_for_all_platforms_and_numbers_of_images(run, tmp_path):
     assert str(program.out_avals[0]) == "float32[batch,3]"
 
 
-def test_a_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypatch):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The check of an export, which a new process makes otherwise."""
+
+    def checked(command, **options):
+        check.command(list(map(str, command[2:])))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(exporting.subprocess, "run", checked)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypatch, in_this_process):
     """Off by three times what is allowed, in one class; the file that was there before stays."""
     output = tmp_path / "model"
     output.write_text("old")
@@ -122,11 +139,6 @@ def test_a_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypa
         head["bias"] = head["bias"].at[1::2].set(7).at[3].add(wrong.error)
         write(path, function, {**variables, "params": {**variables["params"], "head": head}}, card)
 
-    def in_this_process(command, **options):
-        check.command(list(map(str, command[2:])))
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(exporting.subprocess, "run", in_this_process)
     monkeypatch.setattr(safetensors, "write", wrong)
     wrong.error = 2.1e-4
     with pytest.raises(CheckpointError, match="other logits than the checkpoint, by up to"):
@@ -138,6 +150,98 @@ def test_a_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypa
         6e-5, rel=0.02
     )
     assert deployment.load(output).card["predictor"] == "sub_0"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(workdir of a small network, its dataset, a folder of 8x8 images), experiment, state."""
+    top = tmp_path_factory.mktemp("small")
+    rng = np.random.default_rng(5)
+    for split, name, k in itertools.product(("train", "test"), ("ant", "bee"), range(5)):
+        (top / "data" / split / name).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(256, size=(8, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(top / "data" / split / name / f"{k}.png")
+    config = digits.get_config("method=dml,network=tiny,epochs=1")
+    config.update(batch_size=10)
+    config.data.update(name="folder", data_dir=str(top / "data"), cache_dir=str(top / "cache"))
+    return top / "run", top / "data", *conftest.write_run(top / "run", config, step=1)
+
+
+@pytest.fixture
+def gone(small):
+    """The same, where the dataset has moved away for a while."""
+    workdir, dataset, *_ = small
+    dataset.rename(dataset.with_name("moved"))
+    yield workdir, dataset.with_name("moved")
+    dataset.with_name("moved").rename(dataset)
+
+
+def test_a_dataset_that_is_gone(gone, small, tmp_path, caplog, in_this_process, capsys):
+    """What the card needs is in the checkpoint; images are random, or those that are given."""
+    workdir, moved = gone
+    experiment, state = small[2:]
+    output = tmp_path / "model"
+    command = ["export", f"--workdir={workdir}", f"--output={output}", "--format=safetensors"]
+    export_command.command(command)
+    assert "64 random images, for want of the dataset" in capsys.readouterr().out
+    assert f"{moved.with_name('data')} does not exist" in caplog.text
+    assert "--data_dir=DIR says where it is now, --images=FOLDER gives others" in caplog.text
+    model = deployment.load(output)
+    card = model.card
+    assert card["checked_on"] == "random images"
+    assert (card["class_names"], card["image_size"]) == (["ant", "bee"], [8, 8])
+    settings = experiment.config.data
+    assert (card["mean"], card["std"]) == (list(settings.mean), list(settings.std))
+    images = experiment.dataset.test.images
+    expected = in_float64(experiment.method, state.variables, images, settings)["sub_0"]
+    np.testing.assert_allclose(
+        model.logits(images), expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max())
+    )
+
+    caplog.clear()
+    Image.new("L", (30, 20), 7).save(tmp_path / "other.jpg")
+    export_command.command([*command, f"--images={moved}/test/ant,{tmp_path}/other.jpg"])
+    assert "on 6 images of --images" in capsys.readouterr().out
+    assert deployment.load(output).card == card | {"checked_on": "given images"}
+    export_command.command([*command, f"--data_dir={moved}"])
+    assert "on 10 images of the test split" in capsys.readouterr().out
+    assert deployment.load(output).card["checked_on"] == "test split"
+    assert not caplog.text
+
+
+def test_images_and_datasets_that_are_refused(gone, small, tmp_path, in_this_process):
+    workdir, moved = gone
+    export = functools.partial(exporting.export, workdir, tmp_path / "model", "safetensors")
+    with pytest.raises(DatasetError, match="none does not exist"):
+        export(data_dir=f"{moved}/none")
+    with pytest.raises(DatasetError, match=r"--images: .*/none cannot be read: No such file"):
+        export(images=[f"{tmp_path}/none"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match=r"--images: .*/empty holds no image: name what predict takes"):
+        export(images=[f"{tmp_path}/empty"])
+    with pytest.raises(ConfigError, match="leave out --data_dir, or --images"):
+        export(images=[str(moved)], data_dir=str(moved))
+    assert not (tmp_path / "model").exists()
+    record = run_record(small[2])
+    del record["dataset"]["class_names"]
+    with pytest.raises(CheckpointError, match=r"/run/1 was written by an older .* lacks the class_names"):
+        remembered_dataset(record, workdir / "1")
+
+
+def test_a_dataset_that_has_changed(small, tmp_path, caplog, in_this_process):
+    """It says so: what is compared are random images then."""
+    workdir, dataset, *_ = small
+    shutil.copy(dataset / "test/ant/0.png", dataset / "test/ant/new.png")
+    try:
+        report = exporting.export(workdir, tmp_path / "model", "safetensors")
+        assert report.card["checked_on"] == "random images"
+        assert "belongs to another run: dataset: fingerprint" in caplog.text
+        with pytest.raises(CheckpointError, match="belongs to another run"):
+            exporting.export(workdir, tmp_path / "other", "safetensors", data_dir=str(dataset))
+        with pytest.raises(CheckpointError, match="no checkpoint of step 5"):
+            exporting.export(workdir, tmp_path / "other", "safetensors", step=5)
+    finally:
+        (dataset / "test/ant/new.png").unlink()
 
 
 def test_refusals(run, tmp_path, monkeypatch, commands):

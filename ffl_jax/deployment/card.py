@@ -5,10 +5,13 @@ import reprlib
 import sys
 from collections.abc import Callable
 
-from ffl_jax.data import crops
+from ffl_jax.data import crops, limits
 from ffl_jax.errors import CheckpointError
 
-VERSION = 1
+VERSION = 2
+CHECKED_ON = ("test split", "given images", "random images")
+# What a version before did not say, for it knew nothing else.
+_ADDED = {"checked_on": "test split", "max_value": limits.MAX_GREY}
 _MAX_BYTES = 2**24  # of its text
 _MAX_CLASSES = 100_000
 _MAX_NETWORKS = 128
@@ -62,7 +65,7 @@ _NATURAL = "a whole number from 0"
 _TEXT = "a text of 1 to 1000 characters"
 # key: (what it must be, whether a value is that)
 _KEYS: dict[str, tuple[str, Callable]] = {
-    "card_version": (f"{VERSION}", _whole(VERSION, VERSION)),
+    "card_version": (f"1 to {VERSION}", _whole(1, VERSION)),
     "ffl_jax": (_TEXT, _text),
     "modules": ("texts", _list(_text, 0, 100)),
     "predictor": (_TEXT, _text),
@@ -83,12 +86,12 @@ _KEYS: dict[str, tuple[str, Callable]] = {
     "epoch": ("a number from 0", _number(0)),
     "seed": (_NATURAL, _whole()),
     "test": ("numbers by name, or null", _or_null(_scores)),
+    "checked_on": (f"one of {', '.join(CHECKED_ON)}", lambda x: x in CHECKED_ON),
     "architecture": (
         f"num_classes, and a network or the sections of a method with at most {_MAX_NETWORKS} networks",
         _architecture,
     ),
 }
-_ADDED = ("max_value",)  # cards before had none of them: 65535 was white
 
 
 def parse(text: str | bytes) -> dict:
@@ -110,18 +113,17 @@ def parse(text: str | bytes) -> dict:
         raise CheckpointError(
             f"its card_version is {version}, and this version of ffl_jax reads {VERSION}: use a newer one."
         )
-    for key, (wanted, holds) in _KEYS.items():
-        if key not in card and key in _ADDED:
-            continue
+    known = _KEYS if version != 1 else {key: row for key, row in _KEYS.items() if key not in _ADDED}
+    for key, (wanted, holds) in known.items():
         if key not in card:
             raise CheckpointError(f"its card has no {key}: export it again.")
         if not holds(card[key]):
             raise CheckpointError(
                 f"its card's {key} is {reprlib.repr(card[key])}, and must be {wanted}: export it again."
             )
-    if unknown := card.keys() - _KEYS.keys():
+    if unknown := card.keys() - known.keys():
         raise CheckpointError(f"its card has a key that is not known, {min(unknown)!r}: export it again.")
-    return card
+    return _ADDED | card | {"card_version": VERSION}
 
 
 def check_program(card: dict, images: tuple, logits: tuple):

@@ -30,7 +30,7 @@ def lines(
       batch_size: images that are classified together.
       as_json: {"path": …, "classes": [{"name": …, "index": …, "probability": …}, …]}; else a table.
     """
-    paths = list(_paths(arguments, refuse))
+    paths = list(find(arguments, refuse))
     names = list(map(_printable, model.class_names))
     class_wide = max(map(len, names))
     names = [name.ljust(class_wide) for name in names]
@@ -39,8 +39,8 @@ def lines(
         yield f"{'image':{wide}}  classes, the most probable first"
     size = min(batch_size, len(paths))
     for start in range(0, len(paths), size or 1):
-        read = {path: _read(model, path, refuse) for path in paths[start : start + size]}
-        usable = {path: image for path, image in read.items() if image is not None}
+        decoded = {path: read(model, path, refuse) for path in paths[start : start + size]}
+        usable = {path: image for path, image in decoded.items() if image is not None}
         if usable:
             # Always as many, so that nothing is compiled twice; what fills up is not shown.
             batch = np.resize(np.stack(list(usable.values())), (size, *model.image_shape))
@@ -53,7 +53,8 @@ def lines(
         _progress(start + size, len(paths))
 
 
-def _paths(arguments, refuse):
+def find(arguments: list[str], refuse: Callable[[str], None]) -> Iterator[str]:
+    """Paths of images; see `lines`."""
     for argument in dict.fromkeys(arguments):
         if not os.path.isdir(argument):
             yield argument
@@ -80,7 +81,8 @@ def _probabilities(model, batch):
         raise
 
 
-def _read(model, path, refuse) -> np.ndarray | None:
+def read(model: Model, path: str, refuse: Callable[[str], None]) -> np.ndarray | None:
+    """One image as the model takes it, uint8 [H, W, 3]; None where it cannot be used; see `lines`."""
     try:
         encoded = _standard_input() if path == "-" else images.read_file(path)
         with images.damage_named(path, encoded, "replace or leave out the file"):

@@ -3,11 +3,13 @@
 import dataclasses
 import importlib.util
 import json
+import logging
 import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -15,9 +17,9 @@ import numpy as np
 
 from ffl_jax import __version__
 from ffl_jax.data import StreamedSplit, augment, crops
+from ffl_jax.deployment import Model, classify, predictor
 from ffl_jax.deployment import card as cards
-from ffl_jax.deployment import predictor
-from ffl_jax.errors import CheckpointError, ConfigError
+from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 from ffl_jax.models import NETWORKS
 from ffl_jax.registry import nearest
 from ffl_jax.training import config as config_lib
@@ -40,7 +42,7 @@ class Report:
     Attributes:
       card: of the file.
       bytes: of the file.
-      images: how many of the test split were compared, in one batch, and some of them alone.
+      images: how many were compared, in one batch, and some of them alone; the card says which, `checked_on`.
       difference: the largest between a logit of the file and of the checkpoint.
       scale: the largest logit of the checkpoint, but at least 1.
       milliseconds: {batch size: median time of one call}.
@@ -63,6 +65,7 @@ def export(
     name: str | None = None,
     step: int | None = None,
     data_dir: str | None = None,
+    images: Sequence[str] = (),
 ) -> Report:
     """Writes one prediction of a checkpoint; `output` is the old file or the whole new one, never a part.
 
@@ -71,17 +74,22 @@ def export(
       output: the file; its folder is made. A safetensors file gets its card beside it, with the ending .json.
       format: one of `FORMATS`.
       name: of the prediction; None takes the method's headline.
+      images: files and folders of images to compare on, without the dataset; of none the test split, or
+        random images where the dataset is not what was trained on any more.
 
     Raises:
       ConfigError: there is no such prediction, a package is missing, or `output` cannot be a file's name.
       CheckpointError: the file computes something else than the checkpoint, and is not kept; or see there.
-      DatasetError: the data is missing or not what was trained on.
+      DatasetError: `data_dir` is given and the data is not there; one of `images` cannot be used.
     """
     output = Path(output)
     _check(output, format)
-    restored = scoring.restore_checkpoint(Path(workdir), step, data_dir)
+    if images and data_dir is not None:
+        raise ConfigError("--images takes the place of the dataset: leave out --data_dir, or --images.")
+    restored, checked_on = _restored(Path(workdir), step, data_dir, images)
     card, variables = describe(restored, name)
-    images = _test_images(restored.experiment)
+    card["checked_on"] = checked_on
+    images = _images(restored.experiment, card, images)
     expected = reference(restored, card["predictor"], images)
     module = importlib.import_module(f"ffl_jax.deployment.{format}")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +104,24 @@ def export(
     if format == "safetensors":
         files.write_json(output.with_suffix(".json"), card)
     return report
+
+
+def _restored(workdir, step, data_dir, images) -> tuple[scoring.Restored, str]:
+    """(a checkpoint, with its dataset where that is to be had; one of `cards.CHECKED_ON`)."""
+    if images:
+        return scoring.restore_checkpoint(workdir, step, with_data=False), "given images"
+    try:
+        return scoring.restore_checkpoint(workdir, step, data_dir), "test split"
+    except (DatasetError, CheckpointError) as error:
+        if data_dir is not None:
+            raise
+        restored = scoring.restore_checkpoint(workdir, step, with_data=False)  # or it is the checkpoint
+        logging.warning(
+            "The dataset cannot be used: %s Random images take its place; --data_dir=DIR says where it is "
+            "now, --images=FOLDER gives others.",
+            error,
+        )
+        return restored, "random images"
 
 
 def _check(output, format):
@@ -163,6 +189,7 @@ def describe(restored: scoring.Restored, name: str | None = None) -> tuple[dict,
         "seed": config.seed,
         # JSON has no other numbers.
         "test": scores and {key: x if math.isfinite(x) else None for key, x in scores.items()},
+        "checked_on": "test split",
         "architecture": architecture,
     }
     return card, variables
@@ -183,16 +210,34 @@ def reference(restored: scoring.Restored, name: str, images: np.ndarray) -> np.n
     return np.asarray(logits(restored.state.variables, images))
 
 
-def _test_images(experiment) -> np.ndarray:
-    """Some of the test split, from all of it: files are sorted by class."""
+def _images(experiment, card, arguments) -> np.ndarray:
+    """Some images to compare on, uint8 [B, H, W, 3], as the card's `checked_on` says."""
+    if arguments:
+        return _given_images(card, arguments)
+    if card["checked_on"] == "random images":
+        rng = np.random.default_rng(0)
+        return rng.integers(256, size=(_IMAGES, *experiment.image_shape), dtype=np.uint8)
     split = experiment.dataset.test
-    chosen = np.linspace(0, len(split) - 1, min(_IMAGES, len(split))).astype(int)
+    chosen = _spread(len(split))
     if not isinstance(split, StreamedSplit):
         return split.images[chosen]
     crop = experiment.config.data.crop
     records = split.records.read(split.positions[chosen])
     size, white = split.image_size, split.max_value
     return np.stack([crops.evaluation_image(encoded, crop, size, white) for _, encoded, _ in records])
+
+
+def _given_images(card, arguments) -> np.ndarray:
+    def refuse(message):
+        raise DatasetError(f"--images: {message.rstrip('.')}: name what predict takes.")
+
+    model, paths = Model(card, "", run=None, device=""), list(classify.find(arguments, refuse))
+    return np.stack([classify.read(model, paths[k], refuse) for k in _spread(len(paths))])
+
+
+def _spread(count: int) -> np.ndarray:
+    """Some of so many positions, from all of them: files are sorted by class."""
+    return np.linspace(0, count - 1, min(_IMAGES, count)).astype(int)
 
 
 def _compare(path, card, images, expected) -> Report:

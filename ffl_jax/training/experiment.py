@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ffl_jax import __version__, methods
-from ffl_jax.data import Dataset, resident
+from ffl_jax.data import Dataset, Split, resident
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import optimizers, steps
@@ -184,6 +184,27 @@ def run_record(experiment: Experiment, devices: int = 1, **about) -> dict:
         "versions": versions(),
         "devices": devices,
     }
+
+
+def remembered_dataset(run: dict, where: Path) -> Dataset:
+    """The dataset of a checkpoint as that knows it: black images that take no memory, and no test split.
+
+    Args: run: of `run_record`. where: the checkpoint's folder, for the error.
+
+    Raises:
+      CheckpointError: an older version wrote it, without what is needed.
+    """
+    about, data = run["dataset"], run["config"]["data"]
+    needed = {key: about.get(key) for key in ("class_names", "image_shape")} | {"mean and std": data["mean"]}
+    if missing := [key for key, value in needed.items() if not value]:
+        raise CheckpointError(
+            f"{where} was written by an older version and lacks the {', '.join(missing)} of its dataset: "
+            "restore that, or name its folder by --data_dir."
+        )
+    count = about["train_examples"]
+    images = np.broadcast_to(np.uint8(0), (count, *about["image_shape"]))
+    train = Split(images, np.broadcast_to(np.int32(0), count))
+    return Dataset(data["name"], train, None, tuple(about["class_names"]), about["fingerprint"])
 
 
 def check_belongs(run: dict, experiment: Experiment, where: Path):

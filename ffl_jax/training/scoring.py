@@ -16,7 +16,7 @@ from ffl_jax.errors import ConfigError
 from ffl_jax.registry import nearest
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import confusion, metrics, steps
-from ffl_jax.training.experiment import Experiment, check_belongs
+from ffl_jax.training.experiment import Experiment, check_belongs, remembered_dataset
 from ffl_jax.workdir import checkpoint
 
 
@@ -126,13 +126,16 @@ class Restored:
     state: steps.TrainState
 
 
-def restore_checkpoint(workdir: Path, step: int | None = None, data_dir: str | None = None) -> Restored:
+def restore_checkpoint(
+    workdir: Path, step: int | None = None, data_dir: str | None = None, with_data: bool = True
+) -> Restored:
     """Loads a checkpoint with nothing but what is in it and the dataset.
 
     Args:
       workdir: of a finished or running training.
       step: which checkpoint, kept newest ones and the best; None takes the newest whole one.
       data_dir: where the dataset is now; None where the training had it.
+      with_data: False does without the dataset, see `experiment.remembered_dataset`.
 
     Raises:
       FFLError: there is no such checkpoint, or the data is missing or not what was trained on.
@@ -148,8 +151,10 @@ def restore_checkpoint(workdir: Path, step: int | None = None, data_dir: str | N
     config = config_lib.from_json(run["config"])
     if data_dir is not None:
         config.data.data_dir = data_dir
-    experiment = Experiment(config, data.load(config.data))
-    check_belongs(run, experiment, directory / str(step))
+    where = directory / str(step)
+    dataset = data.load(config.data) if with_data else remembered_dataset(run, where)
+    experiment = Experiment(config, dataset)
+    check_belongs(run, experiment, where)
     return Restored(experiment, step, run, checkpoint.restore(directory, step, experiment.abstract_state()))
 
 

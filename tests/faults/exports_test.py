@@ -28,7 +28,7 @@ from ffl_jax.methods import METHODS
 
 FLIPS, CARDS = (500, 2000) if os.environ.get("FFL_LONG_FAULTS") else (15, 30)
 CARD = {
-    "card_version": 1,
+    "card_version": 2,
     "modules": [],
     "ffl_jax": "0.1.0",
     "predictor": "sub_0",
@@ -47,6 +47,7 @@ CARD = {
     "epoch": 3.0,
     "seed": 0,
     "test": {"top1": 0.5, "nll": None},
+    "checked_on": "test split",
     "architecture": {"network": "resnet8", "num_classes": 3},
 }
 IMAGES = np.random.default_rng(1).integers(256, size=(5, 8, 8, 3)).astype(np.uint8)
@@ -316,6 +317,7 @@ VALUES = [
     *(("architecture", value) for value in ({}, [], None, {"network": "resnet8"})),
     ("architecture", {"network": 8, "num_classes": 3}),
     ("architecture", {"method": {"name": "dml"}, "subnetworks": {"num": 10**9}, "num_classes": 3}),
+    *(("checked_on", value) for value in ("", "test", None)),
     *(("channels", value) for value in ("BGR", 3, None)),
     *(("test", value) for value in (0.5, [], {"top1": "0.5"}, {"top1": float("nan")})),
     *(("step", value) for value in (-1, 0.5, "69", None, 10**30)),
@@ -343,10 +345,13 @@ def test_cards_of_odd_values(key, value):
 
 def test_cards_of_other_keys_and_versions(exported, tmp_path):
     assert cards.parse(json.dumps(CARD)) == CARD
+    parse_refused(json.dumps({**CARD, "card_version": 1}), "a key that is not known, 'checked_on'")
+    old = json.dumps({**without("checked_on"), "card_version": 1})
+    assert cards.parse(old) == CARD
     for key in CARD:
         parse_refused(json.dumps(without(key)), f"its card has no {key}")
     parse_refused(json.dumps({**CARD, "more": 1}), "a key that is not known, 'more'")
-    parse_refused(json.dumps({**CARD, "card_version": 2, "more": 1}), "its card_version is 2", "use a newer")
+    parse_refused(json.dumps({**CARD, "card_version": 3, "more": 1}), "its card_version is 3", "use a newer")
     many = json.dumps({**CARD, "class_names": [f"{k:x}" for k in range(10**6)]})
     parse_refused(many, "its card's class_names is ['0', '1'", "1 to 100000 texts")
     parse_refused("1" * 2**25, "its card has 33,554,432 bytes")
