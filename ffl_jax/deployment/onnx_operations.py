@@ -1,11 +1,12 @@
 """From a folded program to an ONNX model: an operation for each of JAX's that networks and methods use.
 
-What a convolution's output is multiplied by and added to, channel by channel, goes into its kernel and bias,
-batch norms above all.
+What the output of a convolution or a matrix product is multiplied by and added to, channel by channel, goes
+into its kernel and bias, batch norms above all.
 """
 
 import dataclasses
-from collections import Counter
+import math
+from collections import defaultdict
 from collections.abc import Callable
 
 import jax
@@ -13,9 +14,11 @@ import numpy as np
 import onnx
 from jax.extend import core
 
-from ffl_jax.deployment.onnx_graph import TO_FIRST, Convolution, Graph, Value
+from ffl_jax import __version__
+from ffl_jax.deployment.onnx_graph import TO_FIRST, TO_LAST, Affine, Graph, Value
 from ffl_jax.errors import ConfigError
 
+OPSETS = range(13, 24)  # that were tried
 OPSET = 17
 _AXES = {0: 0, 1: 2, 2: 3, 3: 1}  # of a map, and where they are once channels come first
 _SAME = ("stop_gradient", "copy", "copy_p")
@@ -28,28 +31,40 @@ _ELEMENTWISE = {
 _REDUCTIONS = {"reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin"}
 
 
-def convert(function: Callable, image_shape: tuple[int, int, int]) -> onnx.ModelProto:
-    """A model with the input `images`, uint8 [batch, H, W, 3], and the output `logits`, float32 [batch, C].
+def convert(
+    function: Callable, image_shape: tuple[int, int, int], dtype: str = "uint8", opset: int = OPSET
+) -> onnx.ModelProto:
+    """A model with the input `images`, [batch, *image_shape], and the output `logits`, float32 [batch, C].
 
-    Args: function: of `folding.fold`.
+    Args:
+      function: of `folding.fold`.
+      dtype: of the images.
+      opset: one of `OPSETS`.
 
     Raises:
       ConfigError: it has an operation that is not known here.
     """
     (batch,) = jax.export.symbolic_shape("batch")
-    closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((batch, *image_shape), np.uint8))
-    graph = _Operations(closed)
+    closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((batch, *image_shape), dtype))
+    graph = _Operations(closed, opset)
     (logits,) = closed.jaxpr.outvars
     graph.add("Identity", [graph.take(logits)], name="logits")
     info = onnx.helper.make_tensor_value_info
     made = onnx.helper.make_graph(
         graph.nodes,
         "ffl_jax",
-        [info("images", onnx.TensorProto.UINT8, ["batch", *image_shape])],
+        [info("images", _type(dtype), ["batch", *image_shape])],
         [info("logits", onnx.TensorProto.FLOAT, ["batch", logits.aval.shape[1]])],
         graph.initializers,
     )
-    model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    model = onnx.helper.make_model(
+        made,
+        producer_name="ffl_jax",
+        producer_version=__version__,
+        opset_imports=opsets,
+        ir_version=onnx.helper.find_min_ir_version_for(opsets),
+    )
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -57,12 +72,16 @@ def convert(function: Callable, image_shape: tuple[int, int, int]) -> onnx.Model
 class _Operations(Graph):
     """Methods called `_on_NAME` turn JAX's operation NAME into nodes."""
 
-    def __init__(self, closed):
+    def __init__(self, closed, opset: int):
         (images,) = closed.jaxpr.invars
         constants = zip(closed.jaxpr.constvars, map(np.asarray, closed.consts), strict=True)
         super().__init__({**dict(constants), images: Value("images")})
-        atoms = [atom for equation in closed.jaxpr.eqns for atom in equation.invars]
-        self._uses = Counter(a for a in (*atoms, *closed.jaxpr.outvars) if not isinstance(a, core.Literal))
+        self._opset, modules = opset, {images: "images"}
+        uses = [(a, equation.primitive.name) for equation in closed.jaxpr.eqns for a in equation.invars]
+        self._uses = defaultdict(list)  # of a variable, by which operations
+        for atom, name in (*uses, *((a, "output") for a in closed.jaxpr.outvars)):
+            if not isinstance(atom, core.Literal):
+                self._uses[atom].append(name)
         for equation in closed.jaxpr.eqns:
             name = equation.primitive.name
             kind = "elementwise" if name in _ELEMENTWISE else "reduce" if name in _REDUCTIONS else name
@@ -72,6 +91,9 @@ class _Operations(Graph):
                     f"--format=onnx: JAX's operation {name} has no translation here; export with "
                     "--format=stablehlo."
                 )
+            inherited = (modules.get(a, "") for a in equation.invars if not isinstance(a, core.Literal))
+            self.module = str(equation.source_info.name_stack) or next(filter(None, inherited), "")
+            modules |= dict.fromkeys(equation.outvars, self.module)
             results = convert(equation)
             results = results if isinstance(results, list) else [results]
             self.values.update(zip(equation.outvars, results, strict=True))
@@ -96,13 +118,15 @@ class _Operations(Graph):
             self.add(op, [*(self.take(atom, first) for atom in atoms), *further], **attributes), first
         )
 
-    def _absorbed(self, name, atoms) -> Convolution | None:
-        """The convolution before, if it is used nowhere else, with a constant for each channel taken in."""
+    def _absorbed(self, name, atoms) -> Affine | Value | None:
+        """The operation before, if it is used nowhere else, with a constant for each channel taken in."""
         one, other = (self.value(atom) for atom in (*atoms, *atoms)[:2])
-        if name in ("add", "mul") and isinstance(other, Convolution):
+        if name in ("add", "mul") and isinstance(one, np.ndarray):
             (other, one), atoms = (one, other), atoms[::-1]
-        if not isinstance(one, Convolution) or not isinstance(other, np.ndarray) or self._uses[atoms[0]] > 1:
+        if isinstance(one, np.ndarray) or not isinstance(other, np.ndarray) or len(self._uses[atoms[0]]) > 1:
             return None
+        if isinstance(one, Value):
+            return self._scaled(name, one, other)
         for_each_channel = other.size in (1, len(one.bias)) and other.shape[-1:] in ((), (other.size,))
         if name not in ("add", "sub", "mul", "div") or not for_each_channel:
             return None
@@ -110,9 +134,20 @@ class _Operations(Graph):
         if name in ("add", "sub"):
             return dataclasses.replace(one, bias=one.bias + (each if name == "add" else -each))
         each = each if name == "mul" else 1 / each
-        return dataclasses.replace(one, kernel=one.kernel * each[:, None, None, None], bias=one.bias * each)
+        return dataclasses.replace(one, kernel=(one.kernel.T * each).T, bias=one.bias * each)
+
+    def _scaled(self, name, one, other) -> Value | None:
+        """A mean that is to become a sum, and then a mean again."""
+        if one.factor == 1 or other.size > 1 or name not in ("mul", "div"):
+            return None
+        each = float(other.reshape(()))
+        return dataclasses.replace(one, factor=one.factor * each if name == "mul" else one.factor / each)
 
     def _on_convert_element_type(self, equation):
+        (atom,), dtype = equation.invars, equation.params["new_dtype"]
+        floating = _floating(atom.aval.dtype) and _floating(dtype)
+        if isinstance(self.value(atom), Affine) and len(self._uses[atom]) == 1 and floating:
+            return self.value(atom)  # cast as it is taken, if it still has to be
         return self._each("Cast", equation.invars, to=_type(equation.params["new_dtype"]))
 
     def _on_integer_pow(self, equation):
@@ -148,7 +183,11 @@ class _Operations(Graph):
             "group": params["feature_group_count"],
             "kernel_shape": kernel.shape[2:],
         }
-        return Convolution(self.take(image, first=True), kernel, np.zeros(len(kernel)), attributes)
+        return self._affine("Conv", self.take(image, first=True), equation, kernel, attributes)
+
+    def _affine(self, op, image, equation, kernel, attributes) -> Affine:
+        dtype = equation.invars[0].aval.dtype
+        return Affine(op, self.module, image, dtype, kernel, np.zeros(len(kernel)), attributes)
 
     def _pool(self, equation, op, **attributes):
         params, (atom,) = equation.params, equation.invars
@@ -165,8 +204,7 @@ class _Operations(Graph):
 
     def _on_reduce_window_sum(self, equation):
         mean = self._pool(equation, "AveragePool", count_include_pad=1)
-        size = np.prod(equation.params["window_dimensions"]).astype(np.float32)
-        return Value(self.add("Mul", [mean, self.constant(size)]), True)
+        return Value(mean, True, math.prod(equation.params["window_dimensions"]))
 
     # -- shapes and axes -----------------------------------------------------------------------------------
 
@@ -174,11 +212,15 @@ class _Operations(Graph):
         (atom,), axes = equation.invars, tuple(equation.params["axes"])
         # The axes that are left stand in the same order either way.
         first = self.first([atom]) and axes in ((1, 2), (3,), (1, 2, 3))
+        sizes = [atom.aval.shape[axis] for axis in axes]
         axes, value = sorted(_AXES[axis] if first else axis for axis in axes), self.take(atom, first)
-        op = _REDUCTIONS[equation.primitive.name]
-        if op == "ReduceSum":
-            return Value(self.add(op, [value, self.constant(np.int64(axes))], keepdims=0))
-        return Value(self.add(op, [value], axes=axes, keepdims=0))
+        op, factor = _REDUCTIONS[equation.primitive.name], 1
+        to_be_divided = self._uses[equation.outvars[0]] == ["div"] and _floating(atom.aval.dtype)
+        if op == "ReduceSum" and to_be_divided and all(isinstance(n, int) for n in sizes):
+            op, factor = "ReduceMean", math.prod(sizes)  # which most sums become
+        if self._opset < 18 and op != "ReduceSum":
+            return Value(self.add(op, [value], axes=axes, keepdims=0), factor=factor)
+        return Value(self.add(op, [value, self.constant(np.int64(axes))], keepdims=0), factor=factor)
 
     def _on_argmax(self, equation):
         (atom,), (axis,) = equation.invars, equation.params["axes"]
@@ -204,9 +246,11 @@ class _Operations(Graph):
         return Value(self.add("Concat", parts, axis=axis))
 
     def _on_transpose(self, equation):
-        return Value(
-            self.add("Transpose", [self.take(equation.invars[0])], perm=equation.params["permutation"])
-        )
+        (atom,), order = equation.invars, tuple(equation.params["permutation"])
+        value, same = self.value(atom), ((TO_LAST, False), (TO_FIRST, True))
+        if isinstance(value, Value) and (order, value.first) in same:  # as it is, by another name
+            return dataclasses.replace(value, first=not value.first)
+        return Value(self.add("Transpose", [self.take(atom)], perm=order))
 
     def _on_reshape(self, equation):
         return self._reshaped(equation, equation.invars[0], equation.outvars[0].aval.shape)
@@ -265,9 +309,13 @@ class _Operations(Graph):
 
     def _on_dot_general(self, equation):
         (contracted, batched), (left, right) = equation.params["dimension_numbers"], equation.invars
+        rank, kernel = len(left.aval.shape), self.value(right)
+        if len(right.aval.shape) == 2 and contracted == ((rank - 1,), (0,)) and not batched[0]:
+            if rank == 2 and isinstance(kernel, np.ndarray):
+                kernel = np.float64(kernel).T
+                return self._affine("Gemm", self.take(left), equation, kernel, {"transB": 1})
+            return Value(self.add("MatMul", [self.take(left), self.take(right)]))
         inputs = [self.take(left), self.take(right)]
-        if len(left.aval.shape) == len(right.aval.shape) == 2 and contracted == ((1,), (0,)):
-            return Value(self.add("MatMul", inputs))
         letters = iter("abcdefghijklmnop")
         names = [[None] * len(atom.aval.shape) for atom in (left, right)]
         for axes in (*zip(*batched, strict=True), *zip(*contracted, strict=True)):
@@ -289,6 +337,10 @@ def _require(condition, equation):
             f"--format=onnx: JAX's operation {equation.primitive.name} is used in a way that has no "
             "translation here; export with --format=stablehlo."
         )
+
+
+def _floating(dtype) -> bool:
+    return np.issubdtype(dtype, np.floating)
 
 
 def _type(dtype) -> int:
