@@ -5,10 +5,12 @@ import os
 from absl import flags
 
 from ffl_jax import cli, deployment
+from ffl_jax.deployment import card as cards
 
 USAGE = """
 python -m ffl_jax.export --workdir=DIR [--predictor=NAME] [--format=stablehlo|safetensors|onnx] --output=PATH
                          [--step=N] [--data_dir=DIR | --images=FOLDER,FILE,...]
+                         [--precision=float32|float16] [--input=nhwc-uint8|nchw-float] [--opset=N]
 
 Writes one prediction of a finished or running training as a file that python -m ffl_jax.predict takes: raw
 images in, logits out. What only training needs is gone. A new process reads the file again and must compute
@@ -37,6 +39,13 @@ def command(argv: list[str]):
     flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.", flag_values=values)
     flags.DEFINE_string("data_dir", None, "Where the dataset is now, if it has moved.", flag_values=values)
     flags.DEFINE_list("images", "", "Images to compare on, in place of the dataset's.", flag_values=values)
+    flags.DEFINE_enum(
+        "precision", "float32", cards.PRECISIONS, "In which the file computes.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "input", "nhwc-uint8", cards.INPUTS, "What a program takes; floats from 0 to 1.", flag_values=values
+    )
+    flags.DEFINE_integer("opset", None, "The operator set of ONNX, 17 by default.", flag_values=values)
     cli.parse(values, argv, USAGE)
     for name in ("workdir", "output"):
         if not values[name].value:
@@ -47,7 +56,8 @@ def command(argv: list[str]):
     from ffl_jax.deployment import exporting
 
     names = ("workdir", "output", "format", "predictor", "step", "data_dir", "images")
-    report = exporting.export(*(values[name].value for name in names))
+    more = ("input", "precision", "opset")
+    report = exporting.export(*(values[name].value for name in (*names, *more)))
     card, times = report.card, report.milliseconds.items()
     print(f"{card['predictor']} of {card['method']} ({' + '.join(card['networks'])}), step {card['step']}")
     print(f"parameters {card['parameters']:,}, FLOPs {card['flops'] or 0:,}, file {report.bytes:,} bytes")

@@ -1,6 +1,7 @@
 """Exported files against the checkpoint in float64, what travels in them, and what is refused."""
 
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 import ffl_jax
 from configs import digits
@@ -110,7 +112,7 @@ def test_the_default_is_what_summary_calls_deploy(run):
 
 def test_a_program_is_for_all_platforms_and_numbers_of_images(run, tmp_path):
     function, variables = lambda weight, images: (images * weight).sum((1, 2)), np.float32([1, 2, 3])
-    stablehlo.write(tmp_path / "x", function, variables, {"image_size": [2, 5]})
+    stablehlo.write(tmp_path / "x", function, variables, {"image_size": [2, 5], "input": "nhwc-uint8"})
     with zipfile.ZipFile(tmp_path / "x") as archive:
         program = jax.export.deserialize(bytearray(archive.read("program.bin")))
     assert set(program.platforms) == {"cpu", "cuda", "rocm", "tpu"}
@@ -127,6 +129,7 @@ def in_this_process(monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(exporting.subprocess, "run", checked)
+    monkeypatch.setattr(check, "_seconds", lambda *_: 0.0)
 
 
 def test_a_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypatch, in_this_process):
@@ -151,6 +154,9 @@ def test_a_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypa
     assert exporting.export(run[0], output, "safetensors", "sub_0").difference == pytest.approx(
         6e-5, rel=0.02
     )
+    wrong.error = 0.08
+    with pytest.raises(CheckpointError, match=r"0\.078 where 0\.07 is .* with --precision=float32"):
+        exporting.export(run[0], output, "safetensors", "sub_0", precision="float16")
     assert deployment.load(output).card["predictor"] == "sub_0"
 
 
@@ -167,6 +173,15 @@ def small(tmp_path_factory):
     config.update(batch_size=10)
     config.data.update(name="folder", data_dir=str(top / "data"), cache_dir=str(top / "cache"))
     return top / "run", top / "data", *conftest.write_run(top / "run", config, step=1)
+
+
+@pytest.fixture(scope="module")
+def described(small):
+    """(card, variables) of its ensemble, its logits of the test split in float64."""
+    _, _, experiment, state = small
+    images, settings = experiment.dataset.test.images, experiment.config.data
+    expected = in_float64(experiment.method, state.variables, images, settings)["ensemble"]
+    return *exporting.describe(exporting.scoring.restore_checkpoint(small[0]), "ensemble"), expected
 
 
 @pytest.fixture
@@ -207,6 +222,70 @@ def test_a_dataset_that_is_gone(gone, small, tmp_path, caplog, in_this_process, 
     assert "on 10 images of the test split" in capsys.readouterr().out
     assert deployment.load(output).card["checked_on"] == "test split"
     assert not caplog.text
+
+
+def as_float(images):
+    return np.float32(images.transpose(0, 3, 1, 2)) / np.float32(255)
+
+
+@pytest.mark.parametrize(
+    ("format", "input", "precision"),
+    [
+        ("onnx", "nchw-float", "float32"),
+        ("onnx", "nchw-float", "float16"),
+        ("stablehlo", "nchw-float", "float16"),
+        ("safetensors", "nhwc-uint8", "float16"),
+    ],
+)
+def test_inputs_and_precisions(small, described, tmp_path, format, input, precision):
+    """The program as others call it; `load` takes the same images of all."""
+    require(format)
+    output, images = tmp_path / "model", small[2].dataset.test.images
+    card, variables, expected = described
+    card = card | {"input": input, "precision": precision}
+    function, shapes = predictor.build(card)
+    module = importlib.import_module(f"ffl_jax.deployment.{format}")
+    module.write(output, function, predictor.in_types_of(shapes, variables), card)
+    limit = {"float32": 1e-4, "float16": 2e-2}[precision] * np.abs(expected).max()
+    model = deployment.load(output)
+    assert (model.card["input"], model.card["precision"]) == (input, precision)
+    np.testing.assert_allclose(model.logits(images), expected, rtol=0, atol=limit)
+    if format == "stablehlo":
+        with zipfile.ZipFile(output) as archive:
+            program = jax.export.deserialize(bytearray(archive.read("program.bin")))
+        assert str(program.in_avals[0]) == "float32[batch,3,8,8]"
+        np.testing.assert_allclose(program.call(as_float(images)), expected, rtol=0, atol=limit)
+        assert "xf16>" in program.mlir_module()
+    elif format == "onnx":
+        import onnx
+        import onnxruntime
+
+        (logits,) = onnxruntime.InferenceSession(output).run(None, {"images": as_float(images)})
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=limit)
+        graph = onnx.load(output).graph
+        assert not [node for node in graph.node if node.op_type == "Transpose"]
+        kernels = {one.data_type for one in graph.initializer if one.name.endswith("kernel")}
+        assert kernels == {onnx.TensorProto.FLOAT16 if precision == "float16" else onnx.TensorProto.FLOAT}
+    else:
+        weights = load_file(output)
+        assert {str(x.dtype) for name, x in weights.items() if name.startswith("params/")} == {"float16"}
+        assert {str(x.dtype) for name, x in weights.items() if name.startswith("batch_")} == {"float32"}
+
+
+def test_choices_that_are_refused(small, tmp_path):
+    export = functools.partial(exporting.export, small[0], tmp_path / "model")
+    for options, words in (
+        (
+            {"format": "safetensors", "input": "nchw-float"},
+            "holds weights alone: leave it out, or choose onnx",
+        ),
+        ({"input": "nchw"}, "--input must be one of nhwc-uint8, nchw-float"),
+        ({"precision": "int8"}, "--precision must be one of float32, float16"),
+        ({"opset": 18}, "--opset=18 is of ONNX: leave it out, or add --format=onnx"),
+        ({"format": "onnx", "opset": 12}, "--opset=12 was not tried: choose one from 13 to 23"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            export(**options)
 
 
 def test_images_and_datasets_that_are_refused(gone, small, tmp_path, in_this_process):
@@ -281,8 +360,8 @@ def architecture(name, **settings):
 def made(name, prediction, **settings):
     """(function, its random variables, images of 8x8) of one prediction of a method."""
     card = {"architecture": architecture(name, **settings), "predictor": prediction, "image_size": [8, 8]}
-    channels = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
-    function, shapes = predictor.build({"modules": []} | card | channels)
+    card |= {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "input": "nhwc-uint8", "precision": "float32"}
+    function, shapes = predictor.build({"modules": []} | card)
     images = np.random.default_rng(0).integers(256, size=(3, 8, 8, 3)).astype(np.uint8)
     return function, conftest._draw(shapes), images
 
@@ -379,7 +458,9 @@ def test_int8_as_documented(small, tmp_path, monkeypatch, in_this_process):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     workdir, dataset, experiment, _ = small
     monkeypatch.chdir(tmp_path)
-    exporting.export(workdir, "sub_0.onnx", "onnx", "sub_0")
+    options = ("--format=onnx", "--predictor=sub_0", "--opset=18", "--output=sub_0.onnx")
+    export_command.command(["export", f"--workdir={workdir}", *options])
+    assert onnx.load("sub_0.onnx").opset_import[0].version == 18
     for name in ("ant", "bee"):
         shutil.copytree(dataset / "test" / name, tmp_path / "more_photos" / name)
     blocks = re.findall(r"```python\n(.*?)```", (conftest.ROOT / "docs/deploy.md").read_text(), re.S)
@@ -427,7 +508,7 @@ OPERATIONS = {
 def test_onnx_of_operations(name):
     """Each against JAX, also where its input's channels come first, for a batch that is not known."""
     pytest.importorskip("onnx")
-    from ffl_jax.deployment.onnx_operations import OPSETS
+    from ffl_jax.deployment.onnx import OPSETS
 
     images = np.random.default_rng(2).integers(256, size=(2, 6, 4, 3)).astype(np.uint8)
 

@@ -5,13 +5,18 @@ import reprlib
 import sys
 from collections.abc import Callable
 
+import numpy as np
+
 from ffl_jax.data import crops, limits
 from ffl_jax.errors import CheckpointError
 
 VERSION = 2
+PRECISIONS = ("float32", "float16")
+INPUTS = ("nhwc-uint8", "nchw-float")
 CHECKED_ON = ("test split", "given images", "random images")
 # What a version before did not say, for it knew nothing else.
-_ADDED = {"checked_on": "test split", "max_value": limits.MAX_GREY}
+_ADDED = {"input": "nhwc-uint8", "precision": "float32", "checked_on": "test split"}
+_ADDED |= {"max_value": limits.MAX_GREY}
 _MAX_BYTES = 2**24  # of its text
 _MAX_CLASSES = 100_000
 _MAX_NETWORKS = 128
@@ -37,6 +42,10 @@ def _list(holds: Callable, least: int, most: int) -> Callable:
 def _names(most: int) -> Callable:
     listed = _list(_text, 1, most)
     return lambda x: listed(x) and len(set(x)) == len(x)
+
+
+def _one_of(choices: tuple[str, ...]) -> tuple[str, Callable]:
+    return f"one of {', '.join(choices)}", lambda x: x in choices
 
 
 def _or_null(holds: Callable) -> Callable:
@@ -75,8 +84,10 @@ _KEYS: dict[str, tuple[str, Callable]] = {
     "class_names": (f"1 to {_MAX_CLASSES} texts, no two alike", _names(_MAX_CLASSES)),
     "image_size": (f"[height, width], 1 to {_MAX_SIDE} pixels", _list(_whole(1, _MAX_SIDE), 2, 2)),
     "channels": ("RGB", lambda x: x == "RGB"),
-    "crop": (f"one of {', '.join(crops.CROPS)}", lambda x: x in crops.CROPS),
+    "crop": _one_of(crops.CROPS),
     "max_value": ("a whole number from 1", _whole(1)),
+    "input": _one_of(INPUTS),
+    "precision": _one_of(PRECISIONS),
     # Both are of values in 0..1; there is no telling images in 0..255 otherwise.
     "mean": ("3 numbers from -1 to 1", _list(_number(-1, 1), 3, 3)),
     "std": ("3 numbers from 0.0001 to 10", _list(_number(1e-4, 10), 3, 3)),
@@ -86,7 +97,7 @@ _KEYS: dict[str, tuple[str, Callable]] = {
     "epoch": ("a number from 0", _number(0)),
     "seed": (_NATURAL, _whole()),
     "test": ("numbers by name, or null", _or_null(_scores)),
-    "checked_on": (f"one of {', '.join(CHECKED_ON)}", lambda x: x in CHECKED_ON),
+    "checked_on": _one_of(CHECKED_ON),
     "architecture": (
         f"num_classes, and a network or the sections of a method with at most {_MAX_NETWORKS} networks",
         _architecture,
@@ -126,19 +137,33 @@ def parse(text: str | bytes) -> dict:
     return _ADDED | card | {"card_version": VERSION}
 
 
+def input_of(card: dict) -> tuple[str, tuple[int, int, int]]:
+    """(type, shape without the batch) of the images that its program takes."""
+    height, width = card["image_size"]
+    by_name = {"nhwc-uint8": ("uint8", (height, width, 3)), "nchw-float": ("float32", (3, height, width))}
+    return by_name[card["input"]]
+
+
+def as_input(card: dict, images: np.ndarray) -> np.ndarray:
+    """Images uint8 [B, H, W, 3] in the form that its program takes."""
+    if card["input"] == "nhwc-uint8":
+        return images
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+
+
 def check_program(card: dict, images: tuple, logits: tuple):
     """Raises CheckpointError unless a program takes and gives what its card says.
 
     Args: images, logits: (name of the type, shape) of the only input and the only output, where a number of
       images that is left open is not an int.
     """
-    height, width = card["image_size"]
+    dtype, shape = input_of(card)
     classes = len(card["class_names"])
     if card["architecture"]["num_classes"] != classes:
         found = f"architecture has {card['architecture']['num_classes']} classes"
         raise CheckpointError(f"its card's class_names are {classes}, and its {found}: export it again.")
     for what, found, wanted in (
-        ("image_size", images, ("uint8", (None, height, width, 3))),
+        ("image_size", images, (dtype, (None, *shape))),
         ("class_names", logits, ("float32", (None, classes))),
     ):
         kind, shape = found

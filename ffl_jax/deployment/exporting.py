@@ -17,16 +17,22 @@ import numpy as np
 
 from ffl_jax import __version__
 from ffl_jax.data import StreamedSplit, augment, crops
-from ffl_jax.deployment import Model, classify, predictor
+from ffl_jax.deployment import Model, classify, onnx, predictor
 from ffl_jax.deployment import card as cards
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 from ffl_jax.models import NETWORKS
-from ffl_jax.registry import nearest
+from ffl_jax.registry import check_choice, nearest
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import cost, scoring, steps
 from ffl_jax.workdir import files, manifest
 
-TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
+# Of the largest logit, or of 1 where all are smaller. float16 rounds weights and every map by up to 2^-11,
+# which makes some times that after fifty layers, and more on devices that also add in float16.
+TOLERANCE = {"float32": 1e-5, "float16": 1e-2}
+_REMEDY = {
+    "float32": "export in another format, and report this",
+    "float16": "its numbers are too large or too many for float16, export with --precision=float32",
+}
 _IMAGES = 64
 _MODULES = {
     "stablehlo": ("flatbuffers",),
@@ -66,6 +72,9 @@ def export(
     step: int | None = None,
     data_dir: str | None = None,
     images: Sequence[str] = (),
+    input: str = "nhwc-uint8",
+    precision: str = "float32",
+    opset: int | None = None,
 ) -> Report:
     """Writes one prediction of a checkpoint; `output` is the old file or the whole new one, never a part.
 
@@ -76,6 +85,8 @@ def export(
       name: of the prediction; None takes the method's headline.
       images: files and folders of images to compare on, without the dataset; of none the test split, or
         random images where the dataset is not what was trained on any more.
+      input, precision: of `card.INPUTS` and `card.PRECISIONS`.
+      opset: of ONNX, one of `onnx.OPSETS`; None takes the default.
 
     Raises:
       ConfigError: there is no such prediction, a package is missing, or `output` cannot be a file's name.
@@ -84,18 +95,21 @@ def export(
     """
     output = Path(output)
     _check(output, format)
+    _check_choices(format, input, precision, opset)
     if images and data_dir is not None:
         raise ConfigError("--images takes the place of the dataset: leave out --data_dir, or --images.")
     restored, checked_on = _restored(Path(workdir), step, data_dir, images)
     card, variables = describe(restored, name)
-    card["checked_on"] = checked_on
+    card |= {"input": input, "precision": precision, "checked_on": checked_on}
     images = _images(restored.experiment, card, images)
     expected = reference(restored, card["predictor"], images)
     module = importlib.import_module(f"ffl_jax.deployment.{format}")
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
     try:
-        module.write(temporary, predictor.build(card)[0], variables, card)
+        function, shapes = predictor.build(card)
+        options = {} if opset is None else {"opset": opset}
+        module.write(temporary, function, predictor.in_types_of(shapes, variables), card, **options)
         report = _compare(temporary, card, images, expected)
         manifest.fsync(temporary)
         os.replace(temporary, output)
@@ -138,6 +152,22 @@ def _check(output, format):
         )
     if format == "safetensors" and output.suffix == ".json":
         raise ConfigError(f"--output={output}: the card goes into that file; end it in .safetensors.")
+
+
+def _check_choices(format, input, precision, opset):
+    check_choice("--input", input, cards.INPUTS)
+    check_choice("--precision", precision, cards.PRECISIONS)
+    if input != "nhwc-uint8" and format == "safetensors":
+        raise ConfigError(
+            f"--input={input} says what a program takes, and --format={format} holds weights alone: leave it "
+            "out, or choose onnx or stablehlo."
+        )
+    if opset is not None and format != "onnx":
+        raise ConfigError(f"--opset={opset} is of ONNX: leave it out, or add --format=onnx.")
+    if opset is not None and opset not in onnx.OPSETS:
+        raise ConfigError(
+            f"--opset={opset} was not tried: choose one from {onnx.OPSETS[0]} to {onnx.OPSETS[-1]}."
+        )
 
 
 def describe(restored: scoring.Restored, name: str | None = None) -> tuple[dict, dict]:
@@ -189,6 +219,8 @@ def describe(restored: scoring.Restored, name: str | None = None) -> tuple[dict,
         "seed": config.seed,
         # JSON has no other numbers.
         "test": scores and {key: x if math.isfinite(x) else None for key, x in scores.items()},
+        "input": "nhwc-uint8",
+        "precision": "float32",
         "checked_on": "test split",
         "architecture": architecture,
     }
@@ -262,10 +294,11 @@ def _compare(path, card, images, expected) -> Report:
             batch, alone, times = results["batch"], results["alone"], json.loads(str(results["times"]))
     both = np.concatenate([batch - expected, alone - expected[: len(alone)]])
     difference, scale = float(np.abs(both).max()), max(1.0, float(np.abs(expected).max()))
-    if not difference <= TOLERANCE * scale:  # NaN is not either
+    allowed = TOLERANCE[card["precision"]] * scale
+    if not difference <= allowed:  # NaN is not either
         raise CheckpointError(
             f"the exported file computes other logits than the checkpoint, by up to {difference:.2g} where "
-            f"{TOLERANCE * scale:.2g} is allowed, and is not kept: export in another format, and report this."
+            f"{allowed:.2g} is allowed, and is not kept: {_REMEDY[card['precision']]}."
         )
     milliseconds = {int(size): time for size, time in times["milliseconds"].items()}
     return Report(card, path.stat().st_size, len(images), difference, scale, milliseconds, times["device"])

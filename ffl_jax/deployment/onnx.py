@@ -1,4 +1,4 @@
-"""An ONNX file of the default operator set, the card and the seal among its metadata."""
+"""An ONNX file, the card and the seal among its metadata."""
 
 import json
 import os
@@ -8,17 +8,19 @@ from ffl_jax.deployment import card as cards
 from ffl_jax.deployment import sealing
 from ffl_jax.errors import CheckpointError
 
+OPSETS = range(13, 24)  # that were tried
 _TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 
 
-def write(path: Path, function, variables, card: dict):
-    """Args: function, variables: of `predictor`."""
+def write(path: Path, function, variables, card: dict, opset: int = 17):
+    """Args: function, variables: of `predictor`. opset: one of `OPSETS`."""
     import onnx
 
     from ffl_jax.deployment.folding import fold
     from ffl_jax.deployment.onnx_operations import convert
 
-    model = convert(fold(function, variables), (*card["image_size"], 3))
+    dtype, shape = cards.input_of(card)
+    model = convert(fold(function, variables), shape, dtype, opset)
     onnx.helper.set_model_props(model, {"card": json.dumps(card), sealing.KEY: sealing.EMPTY})
     sealing.write(path, model.SerializeToString())
 
@@ -38,4 +40,8 @@ def read(data: bytes):
     if names != ["images", "logits"]:
         raise CheckpointError(f"its input and output are {names}, not images and logits: export it again.")
     cards.check_program(card, *((_TYPES.get(one.type, one.type), one.shape) for one in (*images, *logits)))
-    return card, lambda images: session.run(["logits"], {"images": images})[0], "cpu"
+
+    def run(images):
+        return session.run(["logits"], {"images": cards.as_input(card, images)})[0]
+
+    return card, run, "cpu"

@@ -18,8 +18,6 @@ from ffl_jax import __version__
 from ffl_jax.deployment.onnx_graph import TO_FIRST, TO_LAST, Affine, Graph, Value
 from ffl_jax.errors import ConfigError
 
-OPSETS = range(13, 24)  # that were tried
-OPSET = 17
 _AXES = {0: 0, 1: 2, 2: 3, 3: 1}  # of a map, and where they are once channels come first
 _SAME = ("stop_gradient", "copy", "copy_p")
 _ELEMENTWISE = {
@@ -32,14 +30,14 @@ _REDUCTIONS = {"reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min
 
 
 def convert(
-    function: Callable, image_shape: tuple[int, int, int], dtype: str = "uint8", opset: int = OPSET
+    function: Callable, image_shape: tuple[int, int, int], dtype: str = "uint8", opset: int = 17
 ) -> onnx.ModelProto:
     """A model with the input `images`, [batch, *image_shape], and the output `logits`, float32 [batch, C].
 
     Args:
       function: of `folding.fold`.
       dtype: of the images.
-      opset: one of `OPSETS`.
+      opset: one of `onnx.OPSETS`.
 
     Raises:
       ConfigError: it has an operation that is not known here.

@@ -13,6 +13,7 @@ from jax.interpreters import partial_eval
 from ffl_jax import methods
 from ffl_jax.data import augment
 from ffl_jax.errors import CheckpointError
+from ffl_jax.methods.base import parameter_mask
 from ffl_jax.models import NETWORKS
 from ffl_jax.registry import import_modules
 
@@ -21,27 +22,51 @@ def build(card: dict) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
     """What a card describes.
 
     Returns:
-      (function, shapes of its variables): function(variables, images), with images uint8 [B, H, W, 3], gives
-      float32 logits [B, C]. It is computed in float32 throughout, also where a device has something faster.
+      (function, shapes of its variables): function(variables, images), with images as `card.input_of` says,
+      gives float32 logits [B, C]. It is computed in float32 throughout, also where a device has something
+      faster; with float16 as precision, networks see parameters and images of that type, as in training in
+      bfloat16.
 
     Raises:
       ConfigError: a network, a method or a hyper-parameter is unknown here.
     """
     import_modules(card["modules"])
     architecture = card["architecture"]
-    module = _network(architecture) if "network" in architecture else _method(architecture)
+    alone = "network" in architecture
+    module = _network(architecture) if alone else _method(architecture)
 
     def logits(variables, images):
         with jax.default_matmul_precision("float32"):
-            images = augment.normalize(images, tuple(card["mean"]), tuple(card["std"]))
+            images = _normalized(card, images).astype(card["precision"])
             outputs = module.apply(variables, images, train=False)
-            if "network" in architecture:
-                return outputs.logits
-            return module.predictions(outputs)[card["predictor"]]
+            outputs = _cast(outputs, jax.tree.map(lambda _: True, outputs), "float32")
+            return outputs.logits if alone else module.predictions(outputs)[card["predictor"]]
 
     images = jnp.zeros((1, *card["image_size"], 3))
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), images, train=False))
-    return logits, shapes
+    mask = parameter_mask(shapes, () if alone else module.averages)
+    return logits, jax.eval_shape(lambda tree: _cast(tree, mask, card["precision"]), shapes)
+
+
+def _normalized(card, images):
+    mean, std = tuple(card["mean"]), tuple(card["std"])
+    if card["input"] == "nhwc-uint8":
+        return augment.normalize(images, mean, std)
+    return (images.transpose(0, 2, 3, 1) - jnp.array(mean)) / jnp.array(std)
+
+
+def _cast(tree, mask, dtype):
+    """The leaves that hold fractions and that a mask chooses in another type."""
+
+    def cast(x, chosen):
+        return x.astype(dtype) if chosen and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(cast, tree, mask)
+
+
+def in_types_of(shapes: Any, variables: Any) -> Any:
+    """A checkpoint's variables in the types that `build` wants."""
+    return jax.tree.map(lambda shape, x: x.astype(shape.dtype), shapes, variables)
 
 
 def _network(architecture) -> nn.Module:

@@ -6,7 +6,6 @@ import zipfile
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from ffl_jax.deployment import card as cards
 from ffl_jax.deployment import jax_device, sealing
@@ -20,7 +19,8 @@ def write(path: Path, function, variables, card: dict):
     from ffl_jax.deployment.folding import fold
 
     (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *card["image_size"], 3), np.uint8)
+    dtype, shape = cards.input_of(card)
+    images = jax.ShapeDtypeStruct((batch, *shape), dtype)
     program = jax.export.export(jax.jit(fold(function, variables)), platforms=PLATFORMS)(images)
     content = io.BytesIO()
     # Not packed: what is read then takes no more memory than the file does.
@@ -41,4 +41,5 @@ def read(data: bytes):
         program = jax.export.deserialize(bytearray(archive.read("program.bin")))
     (images,), (logits,) = program.in_avals, program.out_avals
     cards.check_program(card, *((str(one.dtype), one.shape) for one in (images, logits)))
-    return card, jax.jit(program.call), device
+    run = jax.jit(program.call)
+    return card, lambda images: run(cards.as_input(card, images)), device

@@ -47,6 +47,8 @@ CARD = {
     "epoch": 3.0,
     "seed": 0,
     "test": {"top1": 0.5, "nll": None},
+    "input": "nhwc-uint8",
+    "precision": "float32",
     "checked_on": "test split",
     "architecture": {"network": "resnet8", "num_classes": 3},
 }
@@ -317,6 +319,8 @@ VALUES = [
     *(("architecture", value) for value in ({}, [], None, {"network": "resnet8"})),
     ("architecture", {"network": 8, "num_classes": 3}),
     ("architecture", {"method": {"name": "dml"}, "subnetworks": {"num": 10**9}, "num_classes": 3}),
+    *(("input", value) for value in ("", "nchw", None)),
+    *(("precision", value) for value in ("int8", 16, None)),
     *(("checked_on", value) for value in ("", "test", None)),
     *(("channels", value) for value in ("BGR", 3, None)),
     *(("test", value) for value in (0.5, [], {"top1": "0.5"}, {"top1": float("nan")})),
@@ -346,7 +350,8 @@ def test_cards_of_odd_values(key, value):
 def test_cards_of_other_keys_and_versions(exported, tmp_path):
     assert cards.parse(json.dumps(CARD)) == CARD
     parse_refused(json.dumps({**CARD, "card_version": 1}), "a key that is not known, 'checked_on'")
-    old = json.dumps({**without("checked_on"), "card_version": 1})
+    new = ("input", "precision", "checked_on")
+    old = json.dumps({key: x for key, x in CARD.items() if key not in new} | {"card_version": 1})
     assert cards.parse(old) == CARD
     for key in CARD:
         parse_refused(json.dumps(without(key)), f"its card has no {key}")
