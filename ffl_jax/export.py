@@ -8,8 +8,8 @@ from ffl_jax import cli, deployment
 from ffl_jax.deployment import card as cards
 
 USAGE = """
-python -m ffl_jax.export --workdir=DIR [--predictor=NAME] [--format=stablehlo|safetensors|onnx] --output=PATH
-                         [--step=N] [--data_dir=DIR | --images=FOLDER,FILE,...]
+python -m ffl_jax.export --workdir=DIR [--predictor=NAME] [--format=stablehlo|safetensors|onnx|huggingface]
+                         --output=PATH [--step=N] [--data_dir=DIR | --images=FOLDER,FILE,...]
                          [--precision=float32|float16] [--input=nhwc-uint8|nchw-float] [--opset=N]
 
 Writes one prediction of a finished or running training as a file that python -m ffl_jax.predict takes: raw
@@ -35,7 +35,7 @@ def command(argv: list[str]):
     flags.DEFINE_enum(
         "format", "stablehlo", list(deployment.FORMATS), "The kind of file.", flag_values=values
     )
-    flags.DEFINE_string("output", None, "The file to write.", flag_values=values)
+    flags.DEFINE_string("output", None, "The file to write; of huggingface a folder.", flag_values=values)
     flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.", flag_values=values)
     flags.DEFINE_string("data_dir", None, "Where the dataset is now, if it has moved.", flag_values=values)
     flags.DEFINE_list("images", "", "Images to compare on, in place of the dataset's.", flag_values=values)

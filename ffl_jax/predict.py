@@ -29,7 +29,7 @@ Beside numpy, pillow and absl-py, a model needs of its format:
 
 def command(argv: list[str]):
     values = cli.new_flags()
-    flags.DEFINE_string("model", None, "The exported file.", flag_values=values)
+    flags.DEFINE_string("model", None, "The exported file or folder.", flag_values=values)
     flags.DEFINE_integer("top", 5, "How many classes to show.", 1, flag_values=values)
     flags.DEFINE_bool("json", False, "Prints a line of JSON for each image.", flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "Images that are classified together.", 1, flag_values=values)

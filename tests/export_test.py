@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -286,6 +287,69 @@ def test_choices_that_are_refused(small, tmp_path):
     ):
         with pytest.raises(ConfigError, match=words):
             export(**options)
+
+
+def test_a_folder_for_the_hub(small, tmp_path, in_this_process, capsys):
+    """Weights, configuration and a page whose front matter is YAML; a second export replaces all three."""
+    workdir, _, experiment, state = small
+    output = tmp_path / "new" / "model"
+    command = ["export", f"--workdir={workdir}", f"--output={output}", "--format=huggingface"]
+    for precision in ("float32", "float16"):
+        export_command.command([*command, f"--precision={precision}"])
+        assert sorted(path.name for path in output.iterdir()) == sorted(deployment.FOLDER)
+        assert [path.name for path in output.parent.iterdir()] == ["model"]
+    sizes = sum(path.stat().st_size for path in output.iterdir())
+    assert f"file {sizes:,} bytes" in capsys.readouterr().out
+    model = deployment.load(output)
+    assert (model.format, model.card["precision"]) == ("huggingface", "float16")
+    images = experiment.dataset.test.images
+    expected = in_float64(experiment.method, state.variables, images, experiment.config.data)["sub_0"]
+    np.testing.assert_allclose(model.logits(images), expected, rtol=0, atol=0.02 * np.abs(expected).max())
+    config = json.loads((output / "config.json").read_text())
+    assert config["id2label"] == {"0": "ant", "1": "bee"}
+    assert config["ffl_jax"] == model.card
+    _, front, page = (output / "README.md").read_text().split("---\n", 2)
+    about = yaml.safe_load(front)
+    assert about["pipeline_tag"] == "image-classification"
+    assert {"dml", "ffl_jax"} < set(about["tags"])
+    (result,) = about["model-index"][0]["results"]
+    assert result["task"] == {"type": "image-classification"}
+    assert result["metrics"] == [{"type": "accuracy", "name": "top-1 accuracy", "value": 0.5}]
+    assert "`license:`" in page
+
+    (output / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"holds notes\.txt too, and would be replaced as a whole"):
+        export_command.command(command)
+    (output / "notes.txt").unlink()
+    (tmp_path / "link").symlink_to(output)
+    (tmp_path / "file").touch()
+    for name in ("link", "file"):
+        with pytest.raises(ConfigError, match=f"{name} is no folder"):
+            exporting.export(workdir, tmp_path / name, "huggingface")
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    """Or stays, where the new one cannot take its place."""
+    old, new = tmp_path / "model", tmp_path / ".model.tmp"
+    for path in (old, new):
+        path.mkdir()
+        (path / "x").write_text(path.name)
+    rename = os.rename
+
+    def full(here, there):
+        if here == new:
+            raise OSError("no")
+        rename(here, there)
+
+    monkeypatch.setattr(exporting.os, "rename", full)
+    with pytest.raises(OSError, match="no"):
+        exporting._replace(new, old)
+    assert (old / "x").read_text() == "model"
+    monkeypatch.setattr(exporting.os, "rename", rename)
+    (tmp_path / ".model.old").mkdir()  # as a kill leaves it
+    exporting._replace(new, old)
+    assert (old / "x").read_text() == ".model.tmp"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_images_and_datasets_that_are_refused(gone, small, tmp_path, in_this_process):

@@ -27,6 +27,7 @@ MISSING = {
     "safetensors": TRAINING - {"optax", "chex", "orbax", "tqdm"} | {"flatbuffers", "onnxruntime"},
     "onnx": TRAINING | {"jax", "jaxlib", "flax", "safetensors"},
 }
+MISSING["huggingface"] = MISSING["safetensors"]
 WITHOUT = """
 import importlib.abc, runpy, sys
 

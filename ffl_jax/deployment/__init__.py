@@ -1,12 +1,14 @@
 """Exported predictors, ready to run: `load(path).logits(images)`.
 
-A file holds one prediction of a training as a function from raw images to logits, and a card, JSON that says
-what it is. Each format is one file here, which needs the packages that `FORMATS` names and no others; of this
-project only what decodes images is loaded beside it. `exporting` writes the files.
+A file, or a folder of the format huggingface, holds one prediction of a training as a function from raw
+images to logits, and a card, JSON that says what it is. Each format is one file here, which needs the
+packages that `FORMATS` names and no others; of this project only what decodes images is loaded beside it.
+`exporting` writes the files.
 """
 
 import contextlib
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,13 @@ from ffl_jax.deployment import sealing
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError, FFLError, ResourceError
 
 # What `pip install` must be given to read a file, beside numpy and pillow.
-FORMATS = {"stablehlo": "jax flatbuffers", "safetensors": "jax flax safetensors", "onnx": "onnxruntime"}
+FORMATS = {
+    "stablehlo": "jax flatbuffers",
+    "safetensors": "jax flax safetensors",
+    "onnx": "onnxruntime",
+    "huggingface": "jax flax safetensors",
+}
+FOLDER = ("model.safetensors", "config.json", "README.md")  # what that of huggingface holds
 
 
 class Model:
@@ -76,17 +84,22 @@ class Model:
 def load(path: str | Path) -> Model:
     """The exported predictor in a file of any of `FORMATS`, which its content tells apart.
 
+    Args:
+      path: a StableHLO program, which JAX compiles for the device that it finds; weights by safetensors, or a
+        folder in the layout of the Hugging Face hub, of which this project builds the network again; or an
+        ONNX graph, which onnxruntime computes on the CPU. Whatever its program takes, `Model` takes the same.
+
     Raises:
       ConfigError: a package that the format needs is not installed.
       CheckpointError: the file is missing, or is not, to the bit, what was exported.
       ResourceError: it needs more memory than there is.
     """
-    name, data = _content(path)
-    with needs(name, f"{path} is a {name} file"):
+    name, data, *beside = _contents(path)
+    with needs(name, f"{path} is an export of the format {name}"):
         module = importlib.import_module(f"ffl_jax.deployment.{name}")
         try:
             sealing.check(data)
-            card, run, device = module.read(data)
+            card, run, device = module.read(data, *beside)
         except CheckpointError as error:
             raise CheckpointError(f"{path} cannot be used: {error}") from error
         except MemoryError as error:
@@ -101,10 +114,32 @@ def load(path: str | Path) -> Model:
     return Model(card, name, run, device)
 
 
-def _content(path) -> tuple[str, bytes]:
-    """(one of `FORMATS`, the bytes of the file)."""
+def _contents(path) -> tuple:
+    """(one of `FORMATS`, the bytes of the file; of a folder, those of two of its files)."""
+    if os.path.isdir(path):
+        weights, config = (os.path.join(path, name) for name in FOLDER[:2])
+        if not os.path.exists(weights):
+            raise CheckpointError(
+                f"{path} is a folder, not a file, and has no model.safetensors: name what "
+                "python -m ffl_jax.export wrote."
+            )
+        return "huggingface", _content(weights), _content(config)
+    data = _content(path)
+    # ONNX has no mark of its own: a message that begins with the number of its version.
+    marks = {
+        "stablehlo": data.startswith(b"PK"),
+        "safetensors": data[8:9] == b"{",
+        "onnx": data[:1] == b"\x08",
+    }
+    name = next((name for name, found in marks.items() if found), None)
+    if name is None:
+        raise CheckpointError(f"{path} is no exported predictor: name what python -m ffl_jax.export wrote.")
+    return name, data
+
+
+def _content(path) -> bytes:
     try:
-        data = images.read_file(path, sealing.MAX_BYTES)
+        return images.read_file(path, sealing.MAX_BYTES)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"there is no file {path}: name what python -m ffl_jax.export wrote."
@@ -119,16 +154,6 @@ def _content(path) -> tuple[str, bytes]:
         raise CheckpointError(f"{error}; name what python -m ffl_jax.export wrote.") from error
     except MemoryError as error:
         raise ResourceError(f"{path} needs more memory than there is: free some.") from error
-    # ONNX has no mark of its own: a message that begins with the number of its version.
-    marks = {
-        "stablehlo": data.startswith(b"PK"),
-        "safetensors": data[8:9] == b"{",
-        "onnx": data[:1] == b"\x08",
-    }
-    name = next((name for name, found in marks.items() if found), None)
-    if name is None:
-        raise CheckpointError(f"{path} is no exported predictor: name what python -m ffl_jax.export wrote.")
-    return name, data
 
 
 def jax_device() -> str:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import numpy as np
 
 from ffl_jax import __version__
 from ffl_jax.data import StreamedSplit, augment, crops
-from ffl_jax.deployment import Model, classify, onnx, predictor
+from ffl_jax.deployment import FOLDER, Model, classify, onnx, predictor
 from ffl_jax.deployment import card as cards
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 from ffl_jax.models import NETWORKS
@@ -37,6 +38,7 @@ _IMAGES = 64
 _MODULES = {
     "stablehlo": ("flatbuffers",),
     "safetensors": ("safetensors",),
+    "huggingface": ("safetensors",),
     "onnx": ("onnx", "onnxruntime"),
 }
 
@@ -47,7 +49,7 @@ class Report:
 
     Attributes:
       card: of the file.
-      bytes: of the file.
+      bytes: of the file, or of all in the folder.
       images: how many were compared, in one batch, and some of them alone; the card says which, `checked_on`.
       difference: the largest between a logit of the file and of the checkpoint.
       scale: the largest logit of the checkpoint, but at least 1.
@@ -80,7 +82,8 @@ def export(
 
     Args:
       workdir, step, data_dir: see `scoring.restore_checkpoint`.
-      output: the file; its folder is made. A safetensors file gets its card beside it, with the ending .json.
+      output: the file, or the folder of huggingface; the folder around it is made. A safetensors file gets
+        its card beside it, with the ending .json.
       format: one of `FORMATS`.
       name: of the prediction; None takes the method's headline.
       images: files and folders of images to compare on, without the dataset; of none the test split, or
@@ -106,15 +109,17 @@ def export(
     module = importlib.import_module(f"ffl_jax.deployment.{format}")
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
+    _remove(temporary)  # of an export that was killed
     try:
         function, shapes = predictor.build(card)
         options = {} if opset is None else {"opset": opset}
         module.write(temporary, function, predictor.in_types_of(shapes, variables), card, **options)
         report = _compare(temporary, card, images, expected)
-        manifest.fsync(temporary)
-        os.replace(temporary, output)
+        for path in (*_files(temporary), temporary):
+            manifest.fsync(path)
+        _replace(temporary, output)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
     if format == "safetensors":
         files.write_json(output.with_suffix(".json"), card)
     return report
@@ -144,9 +149,11 @@ def _check(output, format):
         raise ConfigError(
             f"--format={format} needs what is not installed here: run `pip install {' '.join(missing)}`."
         )
-    if output.is_dir():
+    if format == "huggingface":
+        _check_folder(output)
+    elif output.is_dir():
         raise ConfigError(f"--output={output} is a folder: give the name of a file.")
-    if output.exists() and not output.is_file():
+    elif output.exists() and not output.is_file():
         raise ConfigError(
             f"--output={output} is a pipe or a device, and would be replaced: give a file's name."
         )
@@ -154,10 +161,47 @@ def _check(output, format):
         raise ConfigError(f"--output={output}: the card goes into that file; end it in .safetensors.")
 
 
+def _check_folder(output):
+    if os.path.lexists(output) and (output.is_symlink() or not output.is_dir()):
+        raise ConfigError(f"--output={output} is no folder: give the name of a new one.")
+    held = {path.name for path in output.iterdir()} if output.exists() else set()
+    others = sorted(held - set(FOLDER))
+    if others:
+        raise ConfigError(
+            f"--output={output} holds {', '.join(others[:3])} too, and would be replaced as a whole: give "
+            "the name of a new one."
+        )
+
+
+def _files(path: Path) -> list[Path]:
+    """It, or what is in it."""
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+def _remove(path: Path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _replace(new: Path, old: Path):
+    """Puts a file or a folder where another of its kind may be."""
+    if not old.is_dir():
+        os.replace(new, old)
+        return
+    aside = old.with_name(f".{old.name}.old")  # a folder that is not empty cannot be replaced in one step
+    _remove(aside)
+    os.rename(old, aside)
+    try:
+        os.rename(new, old)
+    except OSError:
+        os.rename(aside, old)
+        raise
+    _remove(aside)
+
+
 def _check_choices(format, input, precision, opset):
     check_choice("--input", input, cards.INPUTS)
     check_choice("--precision", precision, cards.PRECISIONS)
-    if input != "nhwc-uint8" and format == "safetensors":
+    if input != "nhwc-uint8" and format in ("safetensors", "huggingface"):
         raise ConfigError(
             f"--input={input} says what a program takes, and --format={format} holds weights alone: leave it "
             "out, or choose onnx or stablehlo."
@@ -301,4 +345,5 @@ def _compare(path, card, images, expected) -> Report:
             f"{allowed:.2g} is allowed, and is not kept: {_REMEDY[card['precision']]}."
         )
     milliseconds = {int(size): time for size, time in times["milliseconds"].items()}
-    return Report(card, path.stat().st_size, len(images), difference, scale, milliseconds, times["device"])
+    size = sum(one.stat().st_size for one in _files(path))
+    return Report(card, size, len(images), difference, scale, milliseconds, times["device"])

@@ -17,20 +17,26 @@ from ffl_jax.errors import CheckpointError, ConfigError
 _MAX_HEADER = 2**25  # bytes
 
 
-def write(path: Path, function, variables, card: dict):
-    """Args: function, variables: of `predictor`."""
+def write(path: Path, function, variables, card: dict, more: dict[str, str] | None = None):
+    """Args: function, variables: of `predictor`. more: metadata."""
     weights = predictor.weights(function, variables, (*card["image_size"], 3))
-    sealing.write(path, save(weights, {"card": json.dumps(card), sealing.KEY: sealing.EMPTY}))
+    about = {"card": json.dumps(card), sealing.KEY: sealing.EMPTY, **(more or {})}
+    sealing.write(path, save(weights, about))
 
 
-def read(data: bytes):
-    """(card, function of images, the device that computes it)."""
-    device, size = jax_device(), int.from_bytes(data[:8], "little")
+def metadata(data: bytes) -> dict[str, str]:
+    """Raises CheckpointError for a header that is too large."""
+    size = int.from_bytes(data[:8], "little")
     if size > min(len(data) - 8, _MAX_HEADER):
         raise CheckpointError(
             f"its header has {size:,} bytes, more than there are or may be: export it again."
         )
-    card = cards.parse(json.loads(data[8 : 8 + size])["__metadata__"]["card"])
+    return json.loads(data[8 : 8 + size])["__metadata__"]
+
+
+def read(data: bytes):
+    """(card, function of images, the device that computes it)."""
+    device, card = jax_device(), cards.parse(metadata(data)["card"])
     try:
         function, shapes = predictor.build(card)
     except ConfigError as error:

@@ -22,7 +22,7 @@ from PIL import Image
 from configs import digits
 from ffl_jax import deployment, predict
 from ffl_jax.deployment import card as cards
-from ffl_jax.deployment import predictor, sealing
+from ffl_jax.deployment import huggingface, predictor, safetensors, sealing
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError, FFLError, ResourceError
 from ffl_jax.methods import METHODS
 
@@ -55,6 +55,9 @@ CARD = {
 IMAGES = np.random.default_rng(1).integers(256, size=(5, 8, 8, 3)).astype(np.uint8)
 
 
+FORMATS = [name for name in deployment.FORMATS if name != "huggingface"]  # of one file
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """{format: bytes of an exported ResNet-8 of random variables}, and its logits of `IMAGES`."""
@@ -64,7 +67,7 @@ def exported(tmp_path_factory):
     statistics = jax.tree.map(lambda x: 1 + np.abs(x), variables["batch_stats"])
     variables = {**variables, "batch_stats": statistics}
     path, contents = tmp_path_factory.mktemp("exported") / "model", {}
-    for name in deployment.FORMATS:
+    for name in FORMATS:
         importlib.import_module(f"ffl_jax.deployment.{name}").write(path, function, variables, CARD)
         contents[name] = path.read_bytes()
     return contents, np.asarray(jax.jit(function)(variables, IMAGES))
@@ -86,7 +89,7 @@ def refused(path, *words, kind=CheckpointError):
     return message
 
 
-@pytest.mark.parametrize("name", deployment.FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_whole_files_are_read(exported, tmp_path, name):
     (tmp_path / "model").write_bytes(content(exported, name))
     model = deployment.load(tmp_path / "model")
@@ -118,7 +121,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", deployment.FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("fault", FILES)
 def test_damaged_files(exported, tmp_path, name, fault):
     damage, words = FILES[fault]
@@ -126,7 +129,7 @@ def test_damaged_files(exported, tmp_path, name, fault):
     refused(tmp_path / "model", words)
 
 
-@pytest.mark.parametrize("name", deployment.FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_no_bit_is_without_effect(exported, tmp_path, name):
     data, path, rng = content(exported, name), tmp_path / "model", np.random.default_rng(7)
     edges = [*range(64), *range(8 * len(data) - 64, 8 * len(data))]
@@ -170,6 +173,75 @@ def test_what_is_no_file_is_not_opened(tmp_path, monkeypatch, fault):
     refused(path, words)
 
 
+def folder(tmp_path):
+    """An export in the layout of the hub, random."""
+    function, shapes = predictor.build(CARD)
+    variables = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+    huggingface.write(tmp_path / "model", function, variables, CARD)
+    return tmp_path / "model"
+
+
+def other(change):
+    def damage(path):
+        config = json.loads((path / "config.json").read_text())
+        change(config)
+        (path / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+CHANGED = "config.json is not what was exported: export it again"
+FOLDERS = {
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), "has no model.safetensors"),
+    "no config": (lambda path: (path / "config.json").unlink(), "there is no file"),
+    "a flipped bit": (
+        lambda path: (path / "model.safetensors").write_bytes(
+            (path / "model.safetensors").read_bytes()[:-1] + b"\xff"
+        ),
+        "card or weights have changed",
+    ),
+    "another class": (
+        other(lambda config: config["id2label"].update({"0": "cow"})),
+        CHANGED,
+    ),
+    "another card": (
+        other(lambda config: config["ffl_jax"].update(std=[1, 1, 1])),
+        CHANGED,
+    ),
+    "one more key": (other(lambda config: config.update(more=1)), CHANGED),
+    "no JSON": (lambda path: (path / "config.json").write_text("{"), CHANGED),
+    "brackets": (lambda path: (path / "config.json").write_text("[" * 10**5), CHANGED),
+    "a pipe": (
+        lambda path: [(path / "config.json").unlink(), os.mkfifo(path / "config.json")],
+        "is a named pipe, not a file",
+    ),
+    "weights of a file": (
+        lambda path: safetensors.write(
+            path / "model.safetensors", lambda weights, images: weights["a"] * 1.0, {"a": np.ones(1)}, CARD
+        ),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FOLDERS)
+def test_damaged_folders(tmp_path, fault):
+    path, (damage, words) = folder(tmp_path), FOLDERS[fault]
+    damage(path)
+    refused(path, words)
+
+
+def test_whole_folders_are_read(tmp_path):
+    """Line ends of another system and a page of one's own are no damage."""
+    path = folder(tmp_path)
+    config = (path / "config.json").read_text().replace("\n", "\r\n")
+    (path / "config.json").write_bytes(config.encode())
+    (path / "README.md").write_text("mine")
+    (path / ".gitattributes").write_text("")
+    model = deployment.load(path)
+    assert (model.format, model.card) == ("huggingface", CARD)
+
+
 # -- files that are sealed all the same, by a program that is not this one ----------------------------------
 
 
@@ -204,10 +276,10 @@ PROGRAMS = {  # that are not those of their card
     "more classes": (
         {**CARD, "class_names": list("abcd"), "architecture": {"network": "resnet8", "num_classes": 4}},
         "",
-        deployment.FORMATS,
+        FORMATS,
     ),
-    "other classes": ({**CARD, "class_names": ["ant", "bee"]}, "class_names are 2", deployment.FORMATS),
-    "no card": ("{}", "its card has no card_version", deployment.FORMATS),
+    "other classes": ({**CARD, "class_names": ["ant", "bee"]}, "class_names are 2", FORMATS),
+    "no card": ("{}", "its card has no card_version", FORMATS),
     "another network": (
         {**CARD, "architecture": {"network": "resnet14", "num_classes": 3}},
         "it lacks batch_stats/stage1_block2",
