@@ -323,9 +323,9 @@ def test_a_folder_for_the_hub(small, tmp_path, in_this_process, capsys):
     (output / "notes.txt").unlink()
     (tmp_path / "link").symlink_to(output)
     (tmp_path / "file").touch()
-    for name in ("link", "file"):
-        with pytest.raises(ConfigError, match=f"{name} is no folder"):
-            exporting.export(workdir, tmp_path / name, "huggingface")
+    for name in (tmp_path / "link", tmp_path / "file", ".", f"{output}/.."):
+        with pytest.raises(ConfigError, match=f"{name} is no folder that could be replaced"):
+            exporting.export(workdir, name, "huggingface")
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):

@@ -162,8 +162,10 @@ def _check(output, format):
 
 
 def _check_folder(output):
-    if os.path.lexists(output) and (output.is_symlink() or not output.is_dir()):
-        raise ConfigError(f"--output={output} is no folder: give the name of a new one.")
+    if output.is_symlink() or output.name in ("", "..") or (output.exists() and not output.is_dir()):
+        raise ConfigError(
+            f"--output={output} is no folder that could be replaced: give the name of a new one."
+        )
     held = {path.name for path in output.iterdir()} if output.exists() else set()
     others = sorted(held - set(FOLDER))
     if others:
