@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone
 
+import ffl_jax
 from configs import digits
-from ffl_jax import deployment, evaluation, steps, train
 from ffl_jax.data import augment
-from ffl_jax.deployment import exporting
+from ffl_jax.training import scoring, steps
 
 
 def main():
@@ -35,11 +35,11 @@ def main():
     config.checkpoint.keep = options.epochs
     config.evaluation.every_epochs = 1
     workdir = options.output / "run"
-    summary = train.train(config, workdir)
+    summary = ffl_jax.train(config, workdir)
 
     # 2. What does each network say to the test images, after the first epoch and after the last?
-    last = evaluation.restore_checkpoint(workdir)
-    first = evaluation.restore_checkpoint(workdir, step=last.step // options.epochs)
+    last = scoring.restore_checkpoint(workdir)
+    first = scoring.restore_checkpoint(workdir, step=last.step // options.epochs)
     test = last.experiment.dataset.test
     stages = {
         f"after epoch {run.step * options.epochs // last.step}": predict(run, test.images)
@@ -58,8 +58,8 @@ def main():
 
     # 3. Ship one network, and use the file as another program would.
     path = options.output / "sub_0.stablehlo"
-    report = exporting.export(workdir, path, name="sub_0")
-    model = deployment.load(path)
+    report = ffl_jax.export_checkpoint(workdir, path, name="sub_0")
+    model = ffl_jax.load(path)
     top1 = (model.logits(test.images).argmax(-1) == test.labels).mean()
     print(
         f"\n{path}: {report.bytes:,} bytes, {model.card['parameters']:,} parameters, top-1 {100 * top1:.2f} %"
@@ -67,7 +67,7 @@ def main():
     print(f"the run's own summary says {100 * summary['predictors']['sub_0']['top1']:.2f} %")
 
 
-def predict(restored: evaluation.Restored, images: np.ndarray) -> dict[str, np.ndarray]:
+def predict(restored: scoring.Restored, images: np.ndarray) -> dict[str, np.ndarray]:
     """{prediction: logits [N, C]} of a checkpoint for raw images uint8 [N, H, W, 3]."""
     experiment, state = restored.experiment, restored.state
     settings = experiment.config.data

@@ -97,6 +97,7 @@ def export(
       DatasetError: `data_dir` is given and the data is not there; one of `images` cannot be used.
     """
     output = Path(output)
+    check_choice("format", format, _MODULES)
     _check(output, format)
     _check_choices(format, input, precision, opset)
     if images and data_dir is not None:

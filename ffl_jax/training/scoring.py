@@ -13,7 +13,7 @@ from ffl_jax import data
 from ffl_jax.devices import preemption, processes
 from ffl_jax.devices.parallel import OWN, Parallel
 from ffl_jax.errors import ConfigError
-from ffl_jax.registry import nearest
+from ffl_jax.registry import check_choice, nearest
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import confusion, metrics, steps
 from ffl_jax.training.experiment import Experiment, check_belongs, remembered_dataset
@@ -127,7 +127,7 @@ class Restored:
 
 
 def restore_checkpoint(
-    workdir: Path, step: int | None = None, data_dir: str | None = None, with_data: bool = True
+    workdir: str | Path, step: int | None = None, data_dir: str | None = None, with_data: bool = True
 ) -> Restored:
     """Loads a checkpoint with nothing but what is in it and the dataset.
 
@@ -159,12 +159,12 @@ def restore_checkpoint(
 
 
 def evaluate_checkpoint(
-    workdir: Path,
+    workdir: str | Path,
     step: int | None = None,
     split: str = "test",
     data_dir: str | None = None,
     predictor: str | None = None,
-):
+) -> tuple[int, dict[str, dict]]:
     """Scores a checkpoint with nothing but what is in it and the dataset; writes nothing.
 
     Args:
@@ -179,6 +179,7 @@ def evaluate_checkpoint(
       FFLError: there is no such checkpoint, split or prediction, or the data is missing or not what was
         trained on.
     """
+    check_choice("split", split, ("train", "validation", "test"))
     restored = restore_checkpoint(workdir, step, data_dir)
     experiment = restored.experiment
     part = getattr(experiment.dataset, split)
@@ -191,6 +192,7 @@ def evaluate_checkpoint(
         )
     parallel = Parallel(experiment.config.parallel.mode)
     evaluator = Evaluator(experiment.method, part, experiment.config, parallel, predictor)
-    scores = evaluator(parallel.place_runs([restored.state]))[0]
-    names = experiment.dataset.class_names
+    scored = evaluator(parallel.place_runs([restored.state]))
+    assert scored  # no signal stops what no training began
+    scores, names = scored[0], experiment.dataset.class_names
     return restored.step, scores | {"per_class": confusion.per_class(scores["classes"], names, predictor)}
