@@ -65,5 +65,5 @@ def of_system(error: OSError, where: str | os.PathLike = "") -> ResourceError:
     place = where or error.filename
     place = os.fsdecode(place) if isinstance(place, str | bytes | os.PathLike) else "the system"
     reason = error.strerror or str(error) or type(error).__name__
-    advice = _ADVICE.get(error.errno, "look at that place, or name another one")
+    advice = _ADVICE.get(error.errno or 0, "look at that place, or name another one")
     return ResourceError(f"cannot use {place}: {reason}; {advice}, then run again")

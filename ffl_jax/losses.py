@@ -64,5 +64,5 @@ def l2_norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum(squares, 1e-24))
 
 
-def _log_softmax(logits, temperature=1.0):
+def _log_softmax(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
     return jax.nn.log_softmax(at_least_float32(logits) / temperature)

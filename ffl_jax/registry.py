@@ -4,25 +4,28 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeVar
 
 from ffl_jax.errors import ConfigError
 
+Entry = TypeVar("Entry")
 
-def nearest(name: str, known) -> str:
+
+def nearest(name: str, known: Iterable[str]) -> str:
     """ "Did you mean …?" for the known names nearest to `name`, or the list of all where none is near."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}."
 
 
-def check_choice(key: str, value: str, known):
+def check_choice(key: str, value: str, known: Collection[str]) -> None:
     """Raises ConfigError that lists the known ones, unless `value` of a setting is one of `known`."""
     if value not in known:
         raise ConfigError(f"{key} must be one of {', '.join(known)}, got {value!r}.")
 
 
-def import_modules(names: Iterable[str]):
+def import_modules(names: Iterable[str]) -> None:
     """Imports modules of a user's own, which register methods, networks and datasets.
 
     They are looked for in the folder of the command too. Raises ConfigError for one that cannot be imported.
@@ -46,10 +49,10 @@ class Registry(dict):
         super().__init__()
         self.kind = kind
 
-    def register(self, *names: str):
+    def register(self, *names: str) -> Callable[[Entry], Entry]:
         """Decorator: enters a class or function under each of `names`."""
 
-        def enter(entry):
+        def enter(entry: Entry) -> Entry:
             for name in names:
                 assert name not in self, f"{self.kind} {name!r} is registered twice"
                 self[name] = entry
@@ -57,7 +60,7 @@ class Registry(dict):
 
         return enter
 
-    def lookup(self, name: str):
+    def lookup(self, name: str) -> Any:
         """The entry called `name`; raises ConfigError that names the nearest known ones."""
         if name not in self:
             raise ConfigError(f"unknown {self.kind} {name!r}: {nearest(name, self)}")

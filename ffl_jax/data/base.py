@@ -178,7 +178,7 @@ def decode_all(
             f"memory; set a smaller config.data.image_size, or config.data.streaming=True."
         ) from error
 
-    def fill(chunk: range):
+    def fill(chunk: range) -> None:
         for position, (where, encoded, label) in zip(chunk, records.read(chunk), strict=True):
             image = decode(where, encoded)
             if image.shape != first.shape:

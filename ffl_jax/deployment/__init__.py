@@ -9,7 +9,7 @@ packages that `FORMATS` names and no others; of this project only what decodes i
 import contextlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +114,7 @@ def load(path: str | Path) -> Model:
     return Model(card, name, run, device)
 
 
-def _contents(path) -> tuple:
+def _contents(path: str | Path) -> tuple:
     """(one of `FORMATS`, the bytes of the file; of a folder, those of two of its files)."""
     if os.path.isdir(path):
         weights, config = (os.path.join(path, name) for name in FOLDER[:2])
@@ -137,7 +137,7 @@ def _contents(path) -> tuple:
     return name, data
 
 
-def _content(path) -> bytes:
+def _content(path: str | Path) -> bytes:
     try:
         return images.read_file(path, sealing.MAX_BYTES)
     except FileNotFoundError as error:
@@ -168,7 +168,7 @@ def jax_device() -> str:
 
 
 @contextlib.contextmanager
-def needs(name: str, what: str):
+def needs(name: str, what: str) -> Iterator[None]:
     """Turns a package that is missing inside into a ConfigError that says how to install it.
 
     Args: name: of the format. what: is to be done, or is the matter.
@@ -176,7 +176,7 @@ def needs(name: str, what: str):
     try:
         yield
     except ModuleNotFoundError as error:
-        package = error.name.partition(".")[0]
+        package = str(error.name).partition(".")[0]
         raise ConfigError(
             f"{what}, and the package {package} is not installed: `pip install {FORMATS[name]}`."
         ) from error

@@ -130,7 +130,7 @@ class Method(nn.Module):
         """
         return {}
 
-    def check(self):
+    def check(self) -> None:
         """Raises ConfigError where the sub-networks or a hyper-parameter do not suit the method."""
         least, most = self.num
         num, shared = self.subnetworks.num, self.subnetworks.shared_stages
@@ -266,21 +266,21 @@ class OfflineMethod(Method):
     num = (1, 1)
     refuses_mixed = "it trains one student, and config.teachers.network names the teachers' networks"
 
-    def predictions(self, outputs):
+    def predictions(self, outputs: dict) -> dict[str, jax.Array]:
         logits = outputs["teacher_logits"]
         teachers = dict(zip(self.teacher_names(), logits, strict=True))
         if len(logits) > 1:
             teachers["teacher_ensemble"] = jnp.stack(logits).mean(axis=0)
         return super().predictions(outputs) | teachers
 
-    def roles(self):
+    def roles(self) -> dict[str, Role]:
         names = self.teacher_names()
         teachers = names if len(names) == 1 else (*names, "teacher_ensemble")
         return super().roles() | dict.fromkeys(teachers, Role(TEACHER))
 
-    def subnetwork_names(self):
+    def subnetwork_names(self) -> tuple[str, ...]:
         return ("student",)
 
     def teacher_names(self) -> tuple[str, ...]:
         """Names of the N teachers in order."""
-        return tuple(f"teacher_{i}" for i in range(self.teachers.num))
+        return tuple(f"teacher_{i}" for i in range(self.teachers.num))  # type: ignore[union-attr]  # set before

@@ -1,6 +1,7 @@
 """What every network gives, and the layers that all families build with."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -135,7 +136,7 @@ class Bottleneck(nn.Module):
         return nn.relu(_shortcut(x, y, self.stride, train) + y)
 
 
-def _shortcut(x, y, stride, train):
+def _shortcut(x: jax.Array, y: jax.Array, stride: int, train: bool) -> jax.Array:
     """What a block's input `x` is added to `y` as: itself, or brought to the shape of `y`."""
     if y.shape == x.shape:
         return x
@@ -158,8 +159,8 @@ def conv_norm(
     train: bool,
     features: int,
     kernel: int,
-    stride=1,
-    groups=1,
+    stride: int = 1,
+    groups: int = 1,
     *,
     name: str,
     activation: Callable | None = lambda x: nn.relu(x),  # looked up then, since a test puts its own there
@@ -201,7 +202,9 @@ def conv(
     )
 
 
-def biased_conv(x: jax.Array, features: int, kernel: int, stride: int = 1, name: str | None = None):
+def biased_conv(
+    x: jax.Array, features: int, kernel: int, stride: int = 1, name: str | None = None
+) -> jax.Array:
     """`conv` of x [B, H, W, D] with a bias, which starts as PyTorch's does, by the D * kernel**2 inputs."""
     return conv(features, kernel, stride, name=name, bias_init=uniform(kernel**2 * x.shape[-1]))(x)
 
@@ -239,7 +242,7 @@ def small_dense(features: int, name: str | None = None) -> nn.Dense:
 def uniform(fan_in: int) -> initializers.Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear layers and for every bias."""
 
-    def init(key, shape, dtype):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
     return init

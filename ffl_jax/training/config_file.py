@@ -22,7 +22,7 @@ def names(suffix: str = "") -> list[str]:
     return sorted(path.stem + suffix for path in CONFIGS.glob("*.py") if path.stem != "common")
 
 
-def _find_configs(folder: Path):
+def _find_configs(folder: Path) -> None:
     """Makes `from configs import common` work in a file in `folder`, wherever it, and the project, lies.
 
     A folder `configs` of one's own has this project's configurations behind its own files.
@@ -38,7 +38,7 @@ def _find_configs(folder: Path):
         configs.__path__.append(str(CONFIGS))
 
 
-def _json(path, presets) -> ConfigDict:
+def _json(path: Path, presets: str) -> ConfigDict:
     values = json.loads(path.read_bytes())
     if presets or not isinstance(values, dict) or not isinstance(values.get("method"), dict):
         raise ConfigError(f"{path} is not the config.json of a run, or presets stand behind it, {presets!r}.")

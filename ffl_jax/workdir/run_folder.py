@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ffl_jax.errors import CheckpointError
 from ffl_jax.workdir import checkpoint, files
@@ -21,7 +22,7 @@ class RunFolder:
     def __init__(self, path: Path):
         """What is there is left alone."""
         self.path, self.checkpoints = path, path / "checkpoints"
-        self.log = None
+        self.log: Any = None  # a MetricsLog while it is open
         self._newest = self._best = self._config = None
 
     def newest_step(self) -> int | None:
