@@ -15,11 +15,18 @@ Commands, in the order of use:
   fetch WORKDIR [FOLDER]          copies a run's workdir from the first machine into FOLDER (runs)
   delete [ARGUMENTS of gcloud]    deletes the slice and all that is on it
 
+Where no slice is free, or it is paid for otherwise, two others in place of create and delete:
+  queue [ARGUMENTS of gcloud]     asks for the slice and waits until it is there; --spot, --reserved,
+                                  --valid-until-duration=6h and so on are passed on. The same command goes
+                                  on waiting. It asks every QUEUE_SECONDS (30), and ends with exit code 6
+                                  where the request will get no slice
+  cancel [ARGUMENTS of gcloud]    takes the request back, and deletes its slice and all that is on it
+
 Settings, as flags before the command or as environment variables:
   --name=NAME        TPU_NAME     a name of your choice
   --zone=ZONE        TPU_ZONE     us-central1-a, …
-  --type=TYPE        TPU_TYPE     v5litepod-16, …; create needs it
-  --version=VERSION  TPU_VERSION  the machines' software, v2-alpha-tpuv5-lite, …; create needs it
+  --type=TYPE        TPU_TYPE     v5litepod-16, …; create and queue need it
+  --version=VERSION  TPU_VERSION  the machines' software, v2-alpha-tpuv5-lite, …; create and queue need it
   --dry-run          DRY_RUN=1    shows the commands and runs none
 
 The project is gcloud's own setting: gcloud config set project PROJECT.
@@ -56,11 +63,54 @@ on_all() { # a command for the shell of every machine
     tpu ssh "$name" --worker=all --command="$1"
 }
 
-create() {
+check_kind() {
     [ -n "$type" ] || fail "no type of slice: --type=v5litepod-16 before the command, or TPU_TYPE"
     [ -n "$version" ] ||
         fail "no software version: --version=v2-alpha-tpuv5-lite before the command, or TPU_VERSION"
+}
+
+create() {
+    check_kind
     tpu create "$name" --accelerator-type="$type" --version="$version" "$@"
+}
+
+queued() { # VERB, further arguments; the request has the slice's name
+    do_it gcloud compute tpus queued-resources "$1" "$name" --zone="$zone" "${@:2}"
+}
+
+queue() {
+    check_kind
+    local state='' before='' failures=0
+    [ "$dry_run" = 1 ] || state=$(queued describe --format='value(state.state)' 2>/dev/null) || true
+    [ -n "$state" ] ||
+        queued create --node-id="$name" --accelerator-type="$type" --runtime-version="$version" "$@"
+    if [ "$dry_run" = 1 ]; then
+        queued describe --format='value(state.state)'
+        return
+    fi
+    while true; do
+        if state=$(queued describe --format='value(state.state)'); then
+            failures=0
+        elif [ $((failures += 1)) -ge 10 ]; then  # a connection that comes and goes ends no wait of days
+            echo "error: the request '$name' cannot be asked after: see above, then run the same again" >&2
+            return 6
+        fi
+        [ -z "$state" ] || [ "$state" = "$before" ] || echo "$(date '+%F %T') $state"
+        case $state in
+            ACTIVE) return ;;
+            FAILED | SUSPENDING | SUSPENDED | DELETING)
+                echo "error: the request '$name' gets no slice, it is $state: '$0 cancel', then queue again; \
+gcloud compute tpus queued-resources describe $name --zone=$zone says why" >&2
+                return 6
+                ;;
+        esac
+        before=$state
+        sleep "${QUEUE_SECONDS:-30}"
+    done
+}
+
+cancel() {
+    queued delete --force "$@"
 }
 
 install() {
@@ -136,8 +186,9 @@ while [ $# -gt 0 ]; do
 done
 command=${1:-}
 case $command in
-    create | install | run | stop | fetch | delete) shift ;;
-    *) fail "no command '$command': create, install, run, stop, fetch or delete ($0 --help says more)" ;;
+    create | install | run | stop | fetch | delete | queue | cancel) shift ;;
+    *) fail "no command '$command': create, install, run, stop, fetch or delete, or queue and cancel \
+($0 --help says more)" ;;
 esac
 [ -n "$name" ] || fail "no name of the slice: --name=NAME before the command, or TPU_NAME"
 [ -n "$zone" ] || fail "no zone: --zone=us-central1-a before the command, or TPU_ZONE"
