@@ -1,10 +1,14 @@
 """As from an installed wheel: what `pyproject.toml` names is all that is there, and the folder is another."""
 
+import re
 import shutil
 import tomllib
 
 import pytest
+import yaml
 from conftest import ROOT
+
+import ffl_jax
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -43,6 +47,18 @@ def test_a_configuration_of_ones_own_in_any_folder(installed, commands, tmp_path
     arguments = ("-m", "ffl_jax.main", "--config=configs/cifar.py")
     result = commands.run(*arguments, code=2, cwd=tmp_path, env={"PYTHONPATH": str(installed)})
     assert "did you mean configs/cifar10.py or" in result.stderr
+
+
+def test_one_version_everywhere():
+    """The package's, the newest of the changes, and the one to cite; Pythons that the set-up looks for."""
+    (newest, *_) = re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert newest == cited["version"] == ffl_jax.__version__
+    assert cited["license"] == PROJECT["project"]["license"]
+    looked_for = re.findall(r"python(3\.\d+)", (ROOT / "launch/setup.sh").read_text())
+    named = [name.rpartition(" ")[2] for name in PROJECT["project"]["classifiers"] if " :: 3." in name]
+    assert looked_for == named[::-1]
+    assert PROJECT["project"]["requires-python"] == f">={named[0]}"
 
 
 @pytest.mark.parametrize("name", sorted(PROJECT["project"]["scripts"]))
