@@ -7,7 +7,7 @@ from absl import flags
 from ffl_jax import cli
 
 USAGE = """
-python -m ffl_jax.evaluate --workdir=DIR [--step=N] [--split=test|validation|train] 
+python -m ffl_jax.evaluate --workdir=DIR [--step=N] [--split=test|validation|train]
                            [--predictor=NAME] [--per_class] [--confusion]
 
 Scores every prediction of a finished or running training from its checkpoint alone, and tells which classes

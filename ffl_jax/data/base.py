@@ -132,7 +132,7 @@ def digest(*parts: str | np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def check_memory(needed: int, title: str):
+def check_memory(needed: int, title: str) -> None:
     """Raises ResourceError where so many bytes are more than the machine has, which else kills who asks."""
     try:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

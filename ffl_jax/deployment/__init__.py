@@ -39,8 +39,8 @@ class Model:
       device: what computes it, in words.
     """
 
-    def __init__(self, card: dict, format: str, run: Callable[[np.ndarray], np.ndarray], device: str):
-        """Args: run: uint8 [B, H, W, 3] -> float32 [B, C]."""
+    def __init__(self, card: dict, format: str, run: Callable | None, device: str):
+        """Args: run: uint8 [B, H, W, 3] -> float32 [B, C]; None for one that reads images alone."""
         self.card, self.format, self.device = card, format, device
         self.class_names = tuple(card["class_names"])
         self.image_shape = (*card["image_size"], 3)
@@ -54,6 +54,7 @@ class Model:
                 f"images must be uint8 [B, {', '.join(map(str, self.image_shape))}], got {images.dtype} "
                 f"{list(images.shape)}."
             )
+        assert self._run
         return np.asarray(self._run(images))
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:

@@ -105,8 +105,8 @@ def export(
     restored, checked_on = _restored(Path(workdir), step, data_dir, images)
     card, variables = describe(restored, name)
     card |= {"input": input, "precision": precision, "checked_on": checked_on}
-    images = _images(restored.experiment, card, images)
-    expected = reference(restored, card["predictor"], images)
+    compared = _images(restored.experiment, card, images)
+    expected = reference(restored, card["predictor"], compared)
     module = importlib.import_module(f"ffl_jax.deployment.{format}")
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
@@ -115,7 +115,7 @@ def export(
         function, shapes = predictor.build(card)
         options = {} if opset is None else {"opset": opset}
         module.write(temporary, function, predictor.in_types_of(shapes, variables), card, **options)
-        report = _compare(temporary, card, images, expected)
+        report = _compare(temporary, card, compared, expected)
         for path in (*_files(temporary), temporary):
             manifest.fsync(path)
         _replace(temporary, output)
@@ -311,7 +311,8 @@ def _given_images(card, arguments) -> np.ndarray:
         raise DatasetError(f"--images: {message.rstrip('.')}: name what predict takes.")
 
     model, paths = Model(card, "", run=None, device=""), list(classify.find(arguments, refuse))
-    return np.stack([classify.read(model, paths[k], refuse) for k in _spread(len(paths))])
+    read = [classify.read(model, paths[k], refuse) for k in _spread(len(paths))]
+    return np.stack([image for image in read if image is not None])  # `refuse` raises: none is
 
 
 def _spread(count: int) -> np.ndarray:
