@@ -2,14 +2,55 @@
 
 import math
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """-log softmax(logits)[label]: [..., B, C] and int [B] -> [..., B]."""
+@flax.struct.dataclass
+class SoftLabels:
+    """Labels that are no class alone: smoothed, mixed or weighted.
+
+    Attributes:
+      probabilities: of the classes, float [B, C], of sum 1.
+      weights: C numbers that multiply the classes' shares of a cross-entropy; empty for 1.
+    """
+
+    probabilities: jax.Array
+    weights: tuple[float, ...] = flax.struct.field(pytree_node=False, default=())
+
+
+def classes(labels: jax.Array | SoftLabels) -> jax.Array:
+    """The class of each label, int [B]: of a soft one the likeliest, whatever its weight."""
+    return labels.probabilities.argmax(axis=-1) if isinstance(labels, SoftLabels) else labels
+
+
+def unweighted(labels: jax.Array | SoftLabels) -> jax.Array:
+    """Labels without weights, for `cross_entropy` and `probabilities`: int [B] or float [B, C]."""
+    return labels.probabilities if isinstance(labels, SoftLabels) else labels
+
+
+def probabilities(labels: jax.Array, num_classes: int) -> jax.Array:
+    """int [B] or float [B, C] -> float [B, C]."""
+    return jax.nn.one_hot(labels, num_classes) if jnp.issubdtype(labels.dtype, jnp.integer) else labels
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array | SoftLabels) -> jax.Array:
+    """-sum_c w_c y_c log softmax(logits)_c: [..., B, C] -> [..., B].
+
+    With weights as PyTorch's of probabilities: a mean over a batch divides by B, not by the sum of weights.
+
+    Args:
+      logits: [..., B, C].
+      labels: classes, int [B]; what multiplies each log-probability, float [B, C]; or `SoftLabels`.
+    """
     log_probabilities = _log_softmax(logits)
+    if isinstance(labels, SoftLabels):
+        weights = jnp.array(labels.weights or 1.0, labels.probabilities.dtype)
+        labels = weights * labels.probabilities
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        return -(labels * log_probabilities).sum(axis=-1)
     labels = jnp.broadcast_to(labels, logits.shape[:-1])
     return -jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
 

@@ -181,7 +181,8 @@ class Method(nn.Module):
 
         Args:
           outputs: what `__call__` returned.
-          labels: int [B].
+          labels: int [B], or `SoftLabels` where the recipe smooths, mixes or weighs them. `cross_entropy`
+            takes both; what needs the class asks `losses.classes`.
           epoch: finished epochs, a float scalar: floor it where the source ramps by whole epochs.
         """
         raise NotImplementedError

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from ffl_jax.errors import ConfigError
-from ffl_jax.losses import at_least_float32, cross_entropy, kl_divergence
+from ffl_jax.losses import (
+    at_least_float32,
+    classes,
+    cross_entropy,
+    kl_divergence,
+    probabilities,
+    unweighted,
+)
 from ffl_jax.methods.base import KNOWLEDGE, LABELS, METHODS, Method, terms
 
 
@@ -29,6 +36,9 @@ class KDCL(Method):
       probabilities p and one-hot labels t. Needs `config.data.validation_examples`.
     - mean: the mean of the logits. This is not KDCL, though a widely copied re-implementation goes by that
       name: temperature=4, cross_entropy_weight=0.5 and distillation_weight=0.5 give its loss.
+
+    Where labels are soft, naive and linear take the cross-entropy of the soft label, minlogit its likeliest
+    class; class weights weigh losses and no target, and the validation split keeps its classes.
 
     The paper introduces the first four. Linear overfits small datasets, and general was reported best on
     CIFAR-100. The default here is minlogit: exact, the cheapest, and without a part of the data held out.
@@ -115,11 +125,11 @@ class KDCL(Method):
     def _target(self, outputs, labels):
         logits = at_least_float32(outputs["logits"])
         if self.variant == "naive":
-            return naive_target(logits, labels)
+            return naive_target(logits, unweighted(labels))
         if self.variant == "linear":
-            return linear_target(logits, labels, self.linear_steps)
+            return linear_target(logits, unweighted(labels), self.linear_steps)
         if self.variant == "minlogit":
-            return minlogit_target(logits, labels)
+            return minlogit_target(logits, classes(labels))
         if self.variant == "general":
             return general_target(logits, outputs["weights"], self.mix)
         return logits.mean(axis=0)
@@ -129,8 +139,9 @@ class KDCL(Method):
         return self.variant == "general"
 
     def validation_sums(self, outputs, labels, weights):
-        probabilities = jax.nn.softmax(at_least_float32(outputs["logits"]))
-        errors = probabilities - jax.nn.one_hot(labels, self.num_classes)
+        errors = jax.nn.softmax(at_least_float32(outputs["logits"])) - jax.nn.one_hot(
+            labels, self.num_classes
+        )
         # By default an accelerator multiplies matrices with 8 or 11 bits; C is about to be inverted.
         products = jnp.einsum("ibc,jbc->ij", errors * weights[:, None], errors, precision="highest")
         return {"products": products, "count": weights.sum()}
@@ -141,7 +152,7 @@ class KDCL(Method):
 
 
 def naive_target(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The logits of the network with the least cross-entropy: [K, B, C], int [B] -> [B, C]."""
+    """The logits of the network with the least cross-entropy: [K, B, C], [B] or [B, C] -> [B, C]."""
     best = cross_entropy(logits, labels).argmin(axis=0)
     return jnp.take_along_axis(logits, best[None, :, None], axis=0)[0]
 
@@ -153,7 +164,9 @@ def minlogit_target(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def linear_target(logits: jax.Array, labels: jax.Array, steps: int) -> jax.Array:
-    """sum_k a_k z_k with the least cross-entropy among all a >= 0 of sum 1: [K, B, C], int [B] -> [B, C].
+    """sum_k a_k z_k with the least cross-entropy among all a >= 0 of sum 1: [K, B, C] -> [B, C].
+
+    Labels are classes, int [B], or probabilities, float [B, C].
 
     Exponentiated gradient from a = 1/K. Every example has a rate of its own: doubled after a step that does
     not raise its loss, else quartered and the step undone. A fixed rate that is safe for all logits needs
@@ -168,7 +181,7 @@ def linear_target(logits: jax.Array, labels: jax.Array, steps: int) -> jax.Array
 
     def step(_, state):
         exponents, target, rate = state
-        errors = jax.nn.softmax(target) - jax.nn.one_hot(labels, logits.shape[-1])
+        errors = jax.nn.softmax(target) - probabilities(labels, logits.shape[-1])
         new_exponents = exponents - rate * (errors * logits).sum(axis=-1)
         new_target = mixed(new_exponents)
         better = cross_entropy(new_target, labels) <= cross_entropy(target, labels)

@@ -14,7 +14,7 @@ from ffl_jax.data.base import FILES
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import subnetworks
 from ffl_jax.registry import check_choice, import_modules
-from ffl_jax.training import optimizers
+from ffl_jax.training import optimizers, recipe
 from ffl_jax.training.defaults import every_key, flatten
 from ffl_jax.training.steps import PRECISIONS
 from ffl_jax.workdir.paths import expanded
@@ -135,6 +135,7 @@ def check(config: ConfigDict):
             "set: train one seed at a time, each with its own --config.seed and --workdir."
         )
     check_choice("config.precision", config.precision, PRECISIONS)
+    recipe.check(config)
     _check_channels("mean", config.data.mean, 0.0)
     _check_channels("std", config.data.std, 1 / 255)
     if bool(config.data.mean) != bool(config.data.std):

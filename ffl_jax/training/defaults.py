@@ -23,6 +23,10 @@ def every_key(method: str) -> ConfigDict:
     config.epochs = 300
     config.batch_size = 128  # of all devices together
     config.accumulate = 1  # parts that the batch is taken in, one after another, to save memory
+    # Factors of the classes' cross-entropies: one number each, or ("balanced",): n / (C n_c) of the training
+    # split.
+    config.class_weights = ()
+    config.label_smoothing = 0.0  # this share of a label is spread evenly over all classes
     config.precision = "float32"  # or bfloat16, for all but parameters, batch statistics and losses
     config.method = {"name": method, **methods.hyper_parameters(method)}
     config.subnetworks = {

@@ -15,6 +15,7 @@ from ffl_jax.data import Dataset, Split, resident
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import optimizers, steps
+from ffl_jax.training import recipe as recipe_lib
 from ffl_jax.workdir import checkpoint
 
 RUN_FORMAT = 4
@@ -30,6 +31,7 @@ class Experiment:
       method: a `Method`.
       steps_per_epoch: batches that cover the training split.
       optimizers: {objective: its `Optimizer`}.
+      recipe: a `Recipe`, or None where a batch stays as it is.
     """
 
     def __init__(self, config: ConfigDict, dataset: Dataset):
@@ -54,6 +56,7 @@ class Experiment:
             raise ConfigError(
                 f"config.epochs={config.epochs} takes {self.total_steps} steps; they must be below 2^31."
             )
+        self.recipe = recipe_lib.make(config, dataset)
         params, _ = self._abstract_variables
         self.optimizers = optimizers.make_optimizers(
             self.method.trains,
@@ -115,6 +118,7 @@ class Experiment:
             steps_per_epoch=self.steps_per_epoch,
             precision=self.config.precision,
             accumulate=self.config.accumulate,
+            recipe=self.recipe,
         )
 
     def abstract_batch(self, shares: int = 1) -> dict:

@@ -1,6 +1,7 @@
 """One training step and one evaluation step: pure, and blind to the method."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ffl_jax import losses
 from ffl_jax.devices import parallel
 from ffl_jax.methods.base import Term, logged, parameter_mask
 from ffl_jax.training import metrics
@@ -121,14 +123,14 @@ def _logged(method, params, model_state, image_shape):
 
 
 def step_record(method, objectives, terms, outputs, labels):
-    """What one step adds to the record, joined over the devices."""
+    """What one step adds to the record, joined over the devices; scores go by the likeliest classes."""
     values = parallel.mean(logged(objectives | terms))
     finite = jnp.array([jnp.isfinite(value) for value in values.values()]).all()
     return {
         "steps": jnp.int32(1),
         "finite_steps": finite.astype(jnp.int32),
         "terms": values,
-        "predictions": prediction_sums(method, outputs, labels),
+        "predictions": prediction_sums(method, outputs, losses.classes(labels)),
     }
 
 
@@ -166,6 +168,7 @@ def observed_step(
     steps_per_epoch,
     precision: str = "float32",
     accumulate: int = 1,
+    recipe: Callable | None = None,
 ):
     """One forward pass, one gradient for each objective, all taken at the same parameters.
 
@@ -179,11 +182,13 @@ def observed_step(
       precision: one of `PRECISIONS`.
       accumulate: how many equal parts, one after another, the batch is taken in; the gradient is their mean.
         Batch statistics, and what a loss takes over the batch, are those of a part.
+      recipe: a `recipe.Recipe`, which makes of the batch what the method sees; None leaves it as it is.
 
     Returns:
       The state after the step, and its `gauges`.
     """
-
+    if recipe is not None:
+        batch = recipe(batch, jax.random.fold_in(state.rng, state.step))
     gradients = functools.partial(
         _gradients, state, method=method, steps_per_epoch=steps_per_epoch, precision=precision
     )
@@ -268,7 +273,10 @@ def _accumulated(gradients, model_state, batch, parts, objectives, params):
         x = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    batch = {"image": split(batch["image"], batch["image"].ndim - 4), "label": split(batch["label"])}
+    batch = {
+        "image": split(batch["image"], batch["image"].ndim - 4),
+        "label": jax.tree.map(split, batch["label"]),
+    }
 
     def one(carry, part):
         total, model_state, index = carry
