@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from ffl_jax.data import base, crops, resident
+from ffl_jax.data import base, crops, resident, sampling
 from ffl_jax.data import images as images_lib
 
 # Images of a piece: few enough that all workers begin with the first batch and that one stops within half a
@@ -17,7 +17,7 @@ from ffl_jax.data import images as images_lib
 SIZE = 32
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed as the object that it is, for `_balanced_order`
 class Pieces:
     """The pieces of one process's share of all batches, in order, for Grain to index.
 
@@ -51,25 +51,26 @@ class Pieces:
         return batch, first + np.arange(piece * SIZE, min((piece + 1) * SIZE, self._share))
 
     def _images(self, indices: np.ndarray, decode) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images, decode(index, encoded bytes) of each, and int32 labels."""
+        """uint8 images, decode(which of `indices`, encoded bytes) of each, and int32 labels."""
         records = self.split.records
         images, labels = [], []
         read = records.read(self.split.positions[indices])
-        for index, (where, encoded, label) in zip(indices, read, strict=True):
+        for row, (where, encoded, label) in enumerate(read):
             with images_lib.damage_named(where, encoded, records.remedy):
-                images.append(decode(index, encoded))
+                images.append(decode(row, encoded))
             labels.append(label)
         return np.stack(images), np.array(labels, np.int32)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainPieces(Pieces):
-    """Attributes: seed, crop, flip: settings. views: of each image, or 0."""
+    """Attributes: seed, crop, flip, sampling: settings. views: of each image, or 0."""
 
     seed: int
     crop: str
     flip: bool
     views: int
+    sampling: str = "shuffled"
 
     @property
     def piece_bytes(self):
@@ -83,19 +84,30 @@ class TrainPieces(Pieces):
         return sys.maxsize  # one epoch after the other, as long as anyone asks
 
     def __getitem__(self, number):
-        """(uint8 images [P, H, W, 3] or [P, views, H, W, 3], labels [P], places in the split [P])."""
+        """(uint8 images [P, H, W, 3] or [P, views, H, W, 3], labels [P], places in the split [P]).
+
+        With balanced sampling the fourth tells the times apart that the epoch has an image, [P].
+        """
         step, rows = self._rows(number)
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, len(self.split))
-        indices = order[(position * self.batch_size + rows) % len(order)]
-        images, labels = self._images(indices, functools.partial(self._decode, epoch))
-        return images, labels, indices
+        places = position * self.batch_size + rows
+        if self.sampling == "balanced":
+            drawn = tuple(x[places] for x in _balanced_order(self, epoch))
+        else:
+            order = epoch_order(self.seed, epoch, len(self.split))
+            drawn = (order[places % len(order)],)
+        images, labels = self._images(drawn[0], functools.partial(self._decode, epoch, *drawn))
+        return images, labels, *drawn
 
-    def _decode(self, epoch, index, encoded):
+    def _decode(self, epoch, indices, *given):
+        *repeats, row, encoded = given
         size, max_value = self.split.image_size, self.split.max_value
         if self.crop == "pad":  # the rest is done on the device
             return images_lib.decode_image(encoded, size, max_value)
-        generators = [_generator(self.seed, 1, epoch, index, view) for view in range(self.views or 1)]
+        # What comes again in an epoch is cut anew.
+        first = int(repeats[0][row]) << 32 if repeats else 0
+        views = range(first, first + (self.views or 1))
+        generators = [_generator(self.seed, 1, epoch, indices[row], view) for view in views]
         images = crops.random_resized(encoded, size, generators, self.flip, max_value)
         return images if self.views else images[0]
 
@@ -125,7 +137,7 @@ class EvalPieces(Pieces):
             images[:count], labels[:count] = self._images(indices[:count], self._decode)
         return images, labels, weights
 
-    def _decode(self, index, encoded):
+    def _decode(self, row, encoded):
         return crops.evaluation_image(encoded, self.crop, self.split.image_size, self.split.max_value)
 
 
@@ -133,6 +145,12 @@ class EvalPieces(Pieces):
 def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     """A permutation, int32 [num_examples], drawn on the host."""
     return _generator(seed, 0, epoch).permutation(num_examples).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=2)
+def _balanced_order(pieces: TrainPieces, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    count = pieces.steps_per_epoch * pieces.batch_size
+    return sampling.balanced_order(pieces.seed, epoch, pieces.split.labels, count)
 
 
 def _generator(seed: int, use: int, epoch: int, index: int = 0, view: int = 0) -> np.random.Generator:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffl_jax.data import augment
+from ffl_jax.data import augment, sampling
 from ffl_jax.devices import parallel as parallel_lib
 
 
@@ -36,20 +36,27 @@ def train_batch(
     epoch: jax.Array,
     settings,
     views: int = 0,
+    repeats: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """An augmented, normalised batch: `image` [B, H, W, 3], or [views, B, H, W, 3], and `label` [B].
 
     Args:
       images, labels: the whole training split, uint8 [N, H, W, 3] and int32 [N].
       indices: [B], the examples to take.
-      seed, epoch, settings, views: see `augmented`.
+      seed, epoch, settings, views, repeats: see `augmented`.
     """
-    image = augmented(images[indices], indices, seed, epoch, settings, views)
+    image = augmented(images[indices], indices, seed, epoch, settings, views, repeats)
     return {"image": image, "label": labels[indices]}
 
 
 def augmented(
-    images: jax.Array, indices: jax.Array, seed: int | jax.Array, epoch: jax.Array, settings, views: int = 0
+    images: jax.Array,
+    indices: jax.Array,
+    seed: int | jax.Array,
+    epoch: jax.Array,
+    settings,
+    views: int = 0,
+    repeats: jax.Array | None = None,
 ) -> jax.Array:
     """Padded, cropped, flipped, normalised images: [B, H, W, 3], or [views, B, H, W, 3].
 
@@ -60,10 +67,12 @@ def augmented(
       settings: the `data` section of the configuration: `pad`, `pad_mode`, `flip`, `mean`, `std`.
       views: how many augmentations of each image to make, independent of one another; 0 for one without the
         leading axis.
+      repeats: [B], which time it is that the epoch has the example, where it may have it more than once.
     """
     # Away from the key of the order itself, which the same epoch folds in.
     epoch_key = jax.random.fold_in(jax.random.fold_in(_data_key(seed), epoch), 1)
     keys = jax.vmap(lambda index: jax.random.fold_in(epoch_key, index))(indices)
+    keys = keys if repeats is None else jax.vmap(jax.random.fold_in)(keys, repeats)
 
     def view(keys):
         batch = augment.pad_crop_flip(images, keys, settings.pad, settings.flip, settings.pad_mode)
@@ -109,19 +118,33 @@ class TrainInput:
             return own, epoch_order(own["seed"], own["epoch"], len(split), config.batch_size)
 
         self._order = parallel.map(order, (parallel_lib.OWN,))
-        self._first_seed = config.seed
+        self._labels = split.labels if config.data.sampling == "balanced" else None
+        self._batch_size, self._first_seed = config.batch_size, config.seed
 
     def batches(self, epoch: int, position: int):
         seeds = range(self._first_seed, self._first_seed + self._parallel.num_seeds)
         own = [{"seed": np.uint32(seed), "epoch": np.int32(epoch)} for seed in seeds]
-        order = self._order(self._parallel.place_runs(own))
+        if self._labels is None:
+            order = self._order(self._parallel.place_runs(own))
+        else:
+            order = self._parallel.place_runs([self._balanced(**one) for one in own])
         for _ in range(position, self.steps_per_epoch):
             yield order, self._examples  # the step picks its batch itself, by its number
 
+    def _balanced(self, seed, epoch):
+        """What `_order` gives, drawn so that every class comes equally often."""
+        shape = (self.steps_per_epoch, self._batch_size)
+        drawn = sampling.balanced_order(int(seed), int(epoch), self._labels, shape[0] * shape[1])
+        indices, repeats = (x.reshape(shape) for x in drawn)
+        return {"seed": seed, "epoch": epoch, "repeats": repeats}, indices
+
     def batch(self, arrays, step: jax.Array) -> dict[str, jax.Array]:
         (about, order), examples = arrays
-        indices = parallel_lib.share(order[step % self.steps_per_epoch])
-        return train_batch(*examples, indices, about["seed"], about["epoch"], self._settings, self._views)
+        position = step % self.steps_per_epoch
+        indices = parallel_lib.share(order[position])
+        repeats = parallel_lib.share(about["repeats"][position]) if "repeats" in about else None
+        drawn = (about["seed"], about["epoch"], self._settings, self._views, repeats)
+        return train_batch(*examples, indices, *drawn)
 
     def close(self):
         pass

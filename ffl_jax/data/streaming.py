@@ -167,6 +167,7 @@ class TrainInput:
             settings.flip,
             # The device makes the views of images that are padded and cropped there.
             views if settings.crop == "resized" else 0,
+            settings.sampling,
         )
         self._pipeline, self._next_step = None, -1
         self.steps_per_epoch = self._pieces.steps_per_epoch
@@ -183,10 +184,11 @@ class TrainInput:
             yield self._parallel.place(arrays, parallel_lib.BATCH)
 
     def batch(self, arrays, step: jax.Array) -> dict[str, jax.Array]:
-        images, labels, indices = arrays
+        images, labels, indices, *repeats = arrays
         if self._settings.crop == "pad":
             epoch = step // self.steps_per_epoch
-            image = resident.augmented(images, indices, self._seed, epoch, self._settings, self._views)
+            about = (self._seed, epoch, self._settings, self._views, *repeats)
+            image = resident.augmented(images, indices, *about)
         else:
             image = augment.normalize(images, self._settings.mean, self._settings.std)
             # Batches are split over devices along their first axis, so that views came second.

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from ffl_jax import methods
 from ffl_jax.data.augment import PAD_MODES
 from ffl_jax.data.base import FILES
+from ffl_jax.data.sampling import SAMPLINGS
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import subnetworks
 from ffl_jax.registry import check_choice, import_modules
@@ -141,6 +142,7 @@ def check(config: ConfigDict):
     if bool(config.data.mean) != bool(config.data.std):
         raise ConfigError("config.data: set mean and std together, or leave both empty.")
     check_choice("config.data.pad_mode", config.data.pad_mode, PAD_MODES)
+    check_choice("config.data.sampling", config.data.sampling, SAMPLINGS)
     optimizers.merge_rules(config.optimizer, config.optimizer_rules)
     # With any number of classes: what does not go together is refused before the data is looked for.
     method = methods.build(config, num_classes=2)

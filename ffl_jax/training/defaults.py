@@ -94,6 +94,7 @@ def _data_keys() -> dict:
         "validation_examples": 0,  # carved from the training split; the best epoch is chosen on them
         "validation_fraction": 0.0,  # the same, of the training images of each class
         "missing_classes": False,  # True: test and validation images may lack some classes
+        "sampling": "shuffled",  # or balanced: each class equally often, in as many steps
         "crop": "pad",  # then cut at random places; or resized: random parts, streaming only
         "pad": 4,
         "pad_mode": "reflect",  # or zero

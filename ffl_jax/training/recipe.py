@@ -47,6 +47,11 @@ def check(config: ConfigDict):
         )
     if weights and weights != BALANCED and not any(weights):
         raise ConfigError("config.class_weights are all 0, and nothing would be learned: set some above 0.")
+    if weights == BALANCED and config.data.sampling == "balanced":
+        raise ConfigError(
+            "config.class_weights=balanced and config.data.sampling=balanced would even the classes out "
+            "twice: choose one of them."
+        )
     if config.label_smoothing >= 1:
         raise ConfigError(
             f"config.label_smoothing must be below 1, or nothing is left of the labels, got "
@@ -61,6 +66,8 @@ def make(config: ConfigDict, dataset: Dataset) -> Recipe | None:
       ConfigError: there is not one weight for each class, or labels are needed and not known.
       DatasetError: a class has no training image, and so no balanced weight.
     """
+    if config.data.sampling == "balanced":
+        _labels("config.data.sampling", dataset)
     made = Recipe(len(dataset.class_names), _class_weights(config, dataset), config.label_smoothing)
     return None if made == Recipe(made.num_classes) else made
 
