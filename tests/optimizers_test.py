@@ -91,6 +91,63 @@ def test_adam():
         np.testing.assert_allclose(steps[step - 1]["subnetworks"]["head"]["kernel"], x, rtol=1e-6)
 
 
+def test_adamw():
+    """PyTorch's: the decay is not scaled, and the rate multiplies it."""
+    default = {**CONSTANT, "name": "adamw", "learning_rate": 0.01, "weight_decay": 0.1}
+    (optimizer,) = make(default=default | {"beta1": 0.8, "beta2": 0.95}).values()
+    x, g = np.array([1.0, -2.0]), np.array([0.5, 0.25])
+    first = second = 0.0
+    steps = trajectory(optimizer, PARAMS, GRADIENTS, 2)
+    for step in (1, 2):
+        first, second = 0.8 * first + 0.2 * g, 0.95 * second + 0.05 * g**2
+        adam = (first / (1 - 0.8**step)) / (np.sqrt(second / (1 - 0.95**step)) + 1e-8)
+        x = x - 0.01 * 0.1 * x - 0.01 * adam
+        np.testing.assert_allclose(steps[step - 1]["subnetworks"]["head"]["kernel"], x, rtol=1e-6)
+
+
+def test_lamb_of_every_stacked_network():
+    """Algorithm 2 of the paper, layer by layer and network by network; a layer of zeros takes Adam's step."""
+    rng = np.random.default_rng(0)
+    drawn = [{"kernel": rng.normal(size=(3, 4, 2)), "bias": np.zeros((3, 2))} for _ in range(2)]
+    params, gradients = ({"subnetworks": {"branches": {"head": jax.tree.map(jnp.asarray, x)}}} for x in drawn)
+    gradients["subnetworks"]["branches"]["head"]["bias"] += 0.1
+    default = {**CONSTANT, "name": "lamb", "learning_rate": 0.01, "weight_decay": 0.1}
+    (optimizer,) = make(default=default, params=params).values()
+    steps = trajectory(optimizer, params, gradients, 2)
+    for name in ("kernel", "bias"):
+        g = np.asarray(gradients["subnetworks"]["branches"]["head"][name], np.float64)
+        for k in range(3):
+            x, first, second = drawn[0][name][k], 0.0, 0.0
+            for step in (1, 2):
+                first, second = 0.9 * first + 0.1 * g[k], 0.999 * second + 0.001 * g[k] ** 2
+                r = (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-6) + 0.1 * x
+                ratio = np.linalg.norm(x) / np.linalg.norm(r) if np.linalg.norm(x) else 1.0
+                x = x - 0.01 * ratio * r
+                actual = steps[step - 1]["subnetworks"]["branches"]["head"][name][k]
+                np.testing.assert_allclose(actual, x, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.5, 100.0])
+def test_clipping_counts_what_an_objective_trains(norm):
+    """`first` trains the fusion alone, whose gradient has the norm sqrt(0.5^2 + 0.25^2 + 1) = 1.1456."""
+    default = {**CONSTANT, "momentum": 0.0, "nesterov": False, "weight_decay": 0.1, "clip_norm": norm}
+    trains = {"first": "fusion/.*", "second": "subnetworks/.*"}
+    for objective, optimizer in make(default=default, trains=trains).items():
+        (params,) = trajectory(optimizer, PARAMS, GRADIENTS, 1)
+        group, length = ("fusion", 1.145644) if objective == "first" else ("subnetworks", 0.559017)
+        factor = min(1, norm / length) if norm else 1
+        for name, x in PARAMS[group]["head"].items():
+            expected = x - 0.1 * (factor * GRADIENTS[group]["head"][name] + 0.1 * x)  # decay is not clipped
+            np.testing.assert_allclose(params[group]["head"][name], expected, rtol=1e-6)
+        other = "subnetworks" if objective == "first" else "fusion"
+        jax.tree.map(np.testing.assert_array_equal, params[other], PARAMS[other])
+
+
+def test_a_rule_cannot_clip_a_part():
+    with pytest.raises(ConfigError, match=r"clip_norm.*together: set config\.optimizer\.clip_norm"):
+        make([("loss/fusion/.*", {"clip_norm": 1.0})])
+
+
 def test_the_first_rule_that_matches_counts():
     rules = [
         ("loss/fusion/.*/bias", {"weight_decay": 0.0}),
@@ -198,9 +255,10 @@ def test_the_rate_moves_with_the_steps_of_a_run():
 @pytest.mark.parametrize(
     ("key", "values", "message"),
     [
-        ("name", ["rmsprop", ""], "one of sgd, adam"),
+        ("name", ["rmsprop", ""], "one of sgd, adam, adamw, lamb"),
         ("schedule", ["linear"], "one of step, cosine, constant"),
         ("learning_rate", [0.0, -0.1, float("inf"), float("nan")], "finite number > 0"),
+        ("clip_norm", [-1.0, float("inf")], "finite number >= 0"),
         ("weight_decay", [-1e-4, float("inf"), float("nan")], "finite number >= 0"),
         ("warmup_epochs", [-1.0, float("nan")], "finite number >= 0"),
         ("momentum", [-0.1, 1.0, 2.0, float("nan")], r"in \[0, 1\)"),
@@ -214,8 +272,9 @@ def test_values_out_of_their_domain(key, values, message):
     for value in values:
         with pytest.raises(ConfigError, match=rf"optimizer\.{key} must be .*{message}.*, got"):
             make(default={**DEFAULT, key: value})
-        with pytest.raises(ConfigError, match=rf"loss/fusion/\.\*\.{key} must be .*{message}.*, got"):
-            make([("loss/fusion/.*", {key: value})])
+        if key != "clip_norm":
+            with pytest.raises(ConfigError, match=rf"loss/fusion/\.\*\.{key} must be .*{message}.*, got"):
+                make([("loss/fusion/.*", {key: value})])
 
 
 def test_decay_during_the_warm_up():

@@ -75,12 +75,13 @@ def norm(tree, counted) -> jax.Array:
         jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(counted), strict=True
     ):
         if yes:
-            squares[_is_stacked(path)] += jnp.square(leaf).sum()
+            squares[is_stacked(path)] += jnp.square(leaf).sum()
     here = squares[True]
     return jnp.sqrt(squares[False] + (lax.psum(here, _SUBNETWORK) if _size(_SUBNETWORK) > 1 else here))
 
 
-def _is_stacked(path) -> bool:
+def is_stacked(path) -> bool:
+    """Whether a leaf at this path, of a tree like the parameters, has a leading axis of sub-networks."""
     return any(getattr(key, "key", None) == _STACKED for key in path)
 
 
@@ -328,7 +329,7 @@ class Parallel:
 
         # Parameters, momenta and averages of stacked sub-networks all lie under the same name in their trees.
         def spec(path, leaf):
-            if _is_stacked(path) and leaf.shape[len(leading)] % self._subnetworks == 0:
+            if is_stacked(path) and leaf.shape[len(leading)] % self._subnetworks == 0:
                 return PartitionSpec(*leading, _SUBNETWORK)
             return PartitionSpec(*leading)
 

@@ -45,13 +45,14 @@ def every_key(method: str) -> ConfigDict:
             "generations": 1,  # 2: the teachers are students of teachers themselves, and so on
         }
     config.optimizer = {
-        "name": "sgd",  # or adam
+        "name": "sgd",  # or adam, adamw, lamb
         "learning_rate": 0.1,
         "weight_decay": 1e-4,
         "momentum": 0.9,
         "nesterov": True,
         "beta1": 0.9,
         "beta2": 0.999,
+        "clip_norm": 0.0,  # an objective's gradient is scaled down to this norm; 0: never
         "schedule": "step",  # or cosine, constant
         "decay_epochs": (150, 225),
         "decay_factor": 0.1,

@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from ffl_jax.devices import parallel
 from ffl_jax.errors import ConfigError
 from ffl_jax.registry import nearest
 
-OPTIMIZERS = ("sgd", "adam")
+OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
 SCHEDULES = ("step", "cosine", "constant")
 _RATE = ("learning_rate", "schedule", "decay_epochs", "decay_factor", "warmup_epochs")  # what makes a rate
 
@@ -58,13 +60,48 @@ def learning_rate_schedule(settings: Mapping, steps_per_epoch: int, epochs: int)
 
 
 def optimizer(settings: Mapping, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:
-    """SGD with momentum, or Adam; weight decay is added to the gradient first, as PyTorch does it."""
-    schedule = learning_rate_schedule(settings, steps_per_epoch, epochs)
-    if settings["name"] == "sgd":
+    """One of `OPTIMIZERS`.
+
+    SGD with momentum and Adam have the weight decay added to the gradient first, as in PyTorch. AdamW, which
+    does not scale it (Loshchilov & Hutter, 2019), and LAMB (You et al., 2020) have it added to the step.
+    """
+    schedule, name = learning_rate_schedule(settings, steps_per_epoch, epochs), settings["name"]
+    decay = optax.add_decayed_weights(settings["weight_decay"])
+    betas = {"b1": settings["beta1"], "b2": settings["beta2"]}
+    if name == "sgd":
         core = optax.sgd(schedule, settings["momentum"] or None, nesterov=settings["nesterov"])
-    else:
-        core = optax.adam(schedule, b1=settings["beta1"], b2=settings["beta2"])
-    return optax.chain(optax.add_decayed_weights(settings["weight_decay"]), core)
+        return optax.chain(decay, core)
+    if name == "adam":
+        return optax.chain(decay, optax.adam(schedule, **betas))
+    if name == "adamw":
+        return optax.chain(optax.scale_by_adam(**betas), decay, optax.scale_by_learning_rate(schedule))
+    adapted = (optax.scale_by_adam(**betas, eps=1e-6), decay, _scale_by_trust_ratio())
+    return optax.chain(*adapted, optax.scale_by_learning_rate(schedule))
+
+
+def _scale_by_trust_ratio() -> optax.GradientTransformation:
+    """Makes a layer's step as long as its parameters, where neither is 0; optax's joins stacked networks."""
+
+    def scale(path, update, param):
+        axes = range(parallel.is_stacked(path), update.ndim)  # each network by itself
+
+        def norm(x):
+            return jnp.sqrt(jnp.square(x).sum(axis=axes, keepdims=True))
+
+        length, wanted = norm(update), norm(param)
+        return update * jnp.where((length > 0) & (wanted > 0), wanted / length, 1.0)
+
+    return optax.stateless(lambda updates, params: jax.tree.map_with_path(scale, updates, params))
+
+
+def _clip(norm: float, is_trained) -> optax.GradientTransformation:
+    """Scales an objective's gradient down to that norm, over all that it trains on whatever device."""
+
+    def clip(updates, params):
+        factor = norm / jnp.maximum(parallel.norm(updates, is_trained), norm)
+        return jax.tree.map(lambda x: factor * x, updates)
+
+    return optax.stateless(clip)
 
 
 def course(settings: Mapping, epochs: int) -> str:
@@ -96,7 +133,7 @@ def check_settings(settings: Mapping, where: str):
     require("name", f"one of {', '.join(OPTIMIZERS)}", lambda x: x in OPTIMIZERS)
     require("schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES)
     require("learning_rate", "a finite number > 0", lambda x: 0 < x < float("inf"))
-    for key in ("weight_decay", "warmup_epochs"):
+    for key in ("weight_decay", "warmup_epochs", "clip_norm"):
         require(key, "a finite number >= 0", lambda x: 0 <= x < float("inf"))
     for key in ("momentum", "beta1", "beta2"):
         require(key, "in [0, 1)", lambda x: 0 <= x < 1)
@@ -124,6 +161,11 @@ def merge_rules(default: Mapping, rules: Sequence) -> list[tuple[str, dict]]:
             key = min(unknown)
             raise ConfigError(
                 f"optimizer_rules: unknown setting {key!r} for {pattern!r}: {nearest(key, default)}"
+            )
+        if "clip_norm" in overrides:
+            raise ConfigError(
+                f"optimizer_rules: clip_norm, for {pattern!r}, is of all that an objective trains together: "
+                "set config.optimizer.clip_norm."
             )
         merged.append((pattern, {**default, **overrides}))
     for pattern, settings in [("optimizer", default), *merged]:
@@ -173,7 +215,10 @@ def make_optimizers(
             for name, settings in _rates(table, used).items()
         }
         trained = jax.tree.map(lambda name: name != "frozen", labels)
-        optimizers[objective] = Optimizer(*optax.multi_transform(groups, labels), rates, trained)
+        whole = optax.multi_transform(groups, labels)
+        if default["clip_norm"]:
+            whole = optax.chain(_clip(default["clip_norm"], trained), whole)
+        optimizers[objective] = Optimizer(*whole, rates, trained)
     if unused:
         raise ConfigError(
             f"optimizer_rules: {table[min(unused)][0]!r} matches no parameter of an objective "
