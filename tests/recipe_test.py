@@ -171,3 +171,103 @@ def test_what_no_run_can_have_is_refused():
             make(**settings)
     with pytest.raises(DatasetError, match="no training image of class 1 in mine"):
         make((6, 0, 4), class_weights=("balanced",))
+
+
+# -- mixing --------------------------------------------------------------------------------------------------
+
+
+def by_hand(made, images, labels, key):
+    """(images, probabilities, own share) of neighbours i and i ^ 1, mixed in NumPy by the drawn mask."""
+    own = np.asarray(made.draw_mask(jax.random.fold_in(key, 0x5EED0313), images.shape[-3:-1]), np.float64)
+    other = np.arange(len(labels)) ^ 1
+    mixed = own[..., None] * images + (1 - own[..., None]) * images[..., other, :, :, :]
+    soft = np.eye(3)[labels]
+    return mixed, own.mean() * soft + (1 - own.mean()) * soft[other], own.mean()
+
+
+@pytest.mark.parametrize("views", [0, 2])
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_neighbours_are_mixed_the_same_in_all_views(kind, views):
+    made = make(**{f"mixing.{kind}_alpha": 0.8})
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(*(views,)[:views], 6, 8, 10, 3)), np.array([0, 1, 2, 2, 1, 0])
+    run = jax.jit(lambda key: made({"image": jnp.asarray(images), "label": jnp.asarray(labels)}, key))
+    shares = set()
+    for seed in range(4):
+        batch = run(key := jax.random.key(seed))
+        mixed, probabilities, share = by_hand(made, images, labels, key)
+        np.testing.assert_allclose(batch["image"], mixed, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(batch["label"].probabilities, probabilities, atol=1e-6)
+        shares.add(share)
+    assert len(shares) == 4
+
+
+def draw_masks(count=2000, sides=(8, 12), **settings):
+    made = make(**{f"mixing.{key}": value for key, value in settings.items()})
+    masks = jax.vmap(lambda key: made.draw_mask(key, sides))(jax.random.split(jax.random.key(1), count))
+    return np.asarray(masks, np.float64)
+
+
+def test_shares_of_mixup():
+    """Beta(0.4, 0.4) has the mean 1/2 and the variance 1 / (4 (2 * 0.4 + 1)) = 0.1389."""
+    masks = draw_masks(mixup_alpha=0.4)
+    assert np.ptp(masks, axis=(1, 2)).max() == 0
+    shares = masks[:, 0, 0]
+    assert abs(shares.mean() - 0.5) < 4 * np.sqrt(0.1389 / 2000)
+    assert abs(shares.var() - 0.1389) < 0.012
+
+
+def test_boxes_of_cutmix():
+    """Their sides are those of the authors' code, cut at the image's border; shares are even for alpha 1."""
+    masks = draw_masks(cutmix_alpha=1.0)
+    assert set(np.unique(masks)) == {0.0, 1.0}
+    whole = []
+    for mask in 1 - masks:
+        rows, columns = mask.any(1), mask.any(0)
+        np.testing.assert_array_equal(mask, np.outer(rows, columns))  # a rectangle
+        for line in (rows, columns):
+            assert np.abs(np.diff(line.astype(int))).sum() <= 2  # in one piece
+        if not (rows[0] or rows[-1] or columns[0] or columns[-1]):
+            whole.append((rows.sum(), columns.sum()))
+    # By brute force over the authors' rand_bbox: NumPy, 200,000 draws.
+    rng = np.random.default_rng(0)
+    cut = np.sqrt(1 - rng.random(200_000))
+    areas = np.ones_like(cut)
+    for side in (8, 12):
+        half, centre = (side * cut).astype(int) // 2, rng.integers(side, size=len(cut))
+        areas *= np.clip(centre + half, 0, side) - np.clip(centre - half, 0, side)
+    actual = (1 - masks).sum(axis=(1, 2))
+    assert abs(actual.mean() - areas.mean()) < 4 * areas.std() / np.sqrt(2000)
+    assert all(rows % 2 == columns % 2 == 0 for rows, columns in whole)
+
+
+def test_how_often_which():
+    masks = draw_masks(mixup_alpha=0.4, cutmix_alpha=1.0, probability=0.8, cutmix_share=0.25)
+    boxes = np.ptp(masks, axis=(1, 2)) > 0
+    nothing = (masks == 1).all(axis=(1, 2))
+    # Some boxes are empty, and some shares are 1 in float32.
+    assert 0.8 * 0.25 * 0.7 < boxes.mean() < 0.8 * 0.25 + 0.04
+    assert 0.2 - 0.04 < nothing.mean() < 0.2 + 0.1
+    assert make(**{"mixing.mixup_alpha": 1.0, "mixing.probability": 0.0}) is None
+
+
+def test_mixing_of_parts_is_that_of_the_whole():
+    """A device that has an even part of a batch needs nothing from the others."""
+    made, key = make(**{"mixing.mixup_alpha": 1.0, "label_smoothing": 0.1}), jax.random.key(2)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 4, 3)))
+    labels = jnp.array([0, 1, 2, 0, 1, 2, 0, 1])
+    whole = made({"image": images, "label": labels}, key)
+    part = made({"image": images[2:6], "label": labels[2:6]}, key)
+    np.testing.assert_allclose(part["image"], whole["image"][2:6], rtol=1e-6)
+    np.testing.assert_allclose(part["label"].probabilities, whole["label"].probabilities[2:6], rtol=1e-6)
+    with pytest.raises(ConfigError, match="each device has an even number, not 3"):
+        made({"image": images[:3], "label": labels[:3]}, key)
+
+
+def test_mixing_that_no_run_can_have_is_refused():
+    for settings, message in (
+        ({"mixing.probability": 1.5}, r"mixing\.probability must be in 0\.\.1, got 1\.5"),
+        ({"mixing.mixup_alpha": 1.0, "batch_size": 33}, "even number, got 33"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make(**settings)

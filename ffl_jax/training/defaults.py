@@ -27,6 +27,12 @@ def every_key(method: str) -> ConfigDict:
     # split.
     config.class_weights = ()
     config.label_smoothing = 0.0  # this share of a label is spread evenly over all classes
+    config.mixing = {  # of pairs of images and their labels, the same for all views of an image
+        "mixup_alpha": 0.0,  # above 0: mixup, with shares from Beta(alpha, alpha)
+        "cutmix_alpha": 0.0,  # above 0: CutMix
+        "probability": 1.0,  # that a batch is mixed
+        "cutmix_share": 0.5,  # of the mixed batches, where both are on
+    }
     config.precision = "float32"  # or bfloat16, for all but parameters, batch statistics and losses
     config.method = {"name": method, **methods.hyper_parameters(method)}
     config.subnetworks = {
