@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import data_section
 
 from ffl_jax.data import augment
 
@@ -121,3 +122,61 @@ def test_normalize():
     assert actual.dtype == jnp.float32
     expected = (images.astype(np.float64) / 255 - np.array(mean)) / np.array(std)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-6)
+
+
+erase = jax.jit(augment.random_erasing, static_argnums=2)
+
+
+def test_random_erasing():
+    """One rectangle of 2 to 33 % with sides of 0.3 to 1 / 0.3, where it fits, of standard normal noise."""
+    images = jnp.full((2000, 16, 20, 3), 50.0)
+    erased = np.asarray(erase(images, split(jax.random.key(0), 2000), 0.25))
+    masks = (erased != 50).any(-1)
+    assert ((erased != 50).all(-1) == masks).all()
+    hit = masks.any(axis=(1, 2))
+    assert abs(hit.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 2000)  # in ten draws one fits
+    for mask in masks[hit]:
+        rows, columns = mask.any(1), mask.any(0)
+        np.testing.assert_array_equal(mask, np.outer(rows, columns))
+        assert (np.diff(np.flatnonzero(rows)) == 1).all()
+        assert (np.diff(np.flatnonzero(columns)) == 1).all()
+        tall, wide = rows.sum(), columns.sum()
+        assert tall < 16
+        assert wide < 20
+        # Both sides were rounded.
+        assert (tall - 0.5) * (wide - 0.5) <= 320 / 3
+        assert (tall + 0.5) * (wide + 0.5) >= 320 * 0.02
+        assert (tall + 0.5) / (wide - 0.5) >= 0.3
+        assert (tall - 0.5) / (wide + 0.5) <= 1 / 0.3
+    noise = erased[masks]
+    assert abs(noise.mean()) < 4 / np.sqrt(noise.size)
+    assert abs(noise.std() - 1) < 0.02
+    # Places are even: as often in the left half as in the right.
+    left, right = masks[:, :, :10].sum(), masks[:, :, 10:].sum()
+    assert abs(left / (left + right) - 0.5) < 0.05
+    np.testing.assert_array_equal(erase(images[:3], split(jax.random.key(0), 2000)[:3], 0.25), erased[:3])
+
+
+def test_erasing_where_nothing_fits_or_never():
+    images = jnp.full((50, 1, 1, 3), 50.0)
+    np.testing.assert_array_equal(erase(images, split(jax.random.key(0), 50), 1.0), images)
+    images = jnp.full((50, 8, 8, 3), 50.0)
+    assert (erase(images, split(jax.random.key(0), 50), 1.0) != 50).any(axis=(1, 2, 3)).all()
+
+
+def test_cropped_images_are_finished_by_the_settings():
+    """The policy sees pixels, erasing normalised values, and neither the draws of the other."""
+    images, keys = draw_images(30, 8, 8), split(jax.random.key(0), 30)
+    settings = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
+
+    def finished(**more):
+        section = data_section(**settings, **more)
+        return np.asarray(jax.jit(lambda images: augment.finished(images, keys, section))(images))
+
+    plain, trivial, both = finished(), finished(policy="trivial"), finished(policy="trivial", erasing=1.0)
+    np.testing.assert_allclose(plain, augment.normalize(images, **settings), rtol=1e-5, atol=2e-6)
+    changed = (plain != trivial).any(axis=(1, 2, 3))
+    assert 15 < changed.sum() < 30
+    erased = (both != trivial).any(axis=-1)
+    assert erased.any(axis=(1, 2)).all()
+    assert erased.mean() < 0.4

@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import data_section
 from ml_collections import ConfigDict
 
 from ffl_jax.data import augment, resident
 
-SETTINGS = ConfigDict(
-    {"pad": 2, "pad_mode": "reflect", "flip": True, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
-)
+SETTINGS = data_section(pad=2, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
 
 epoch_order = jax.jit(resident.epoch_order, static_argnums=(2, 3))

@@ -6,6 +6,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from conftest import data_section
 from data_streaming_test import Host, make_config, textured, train_batches, tree
 
 from ffl_jax import data
@@ -51,8 +52,7 @@ def test_the_order_is_shuffled_and_of_its_seed_and_epoch():
 
 
 def resident_input(split, batch_size=16, num_seeds=1, views=0):
-    settings = {"sampling": "balanced", "pad": 2, "pad_mode": "reflect", "flip": True}
-    settings = types.SimpleNamespace(**settings, mean=(0.5,) * 3, std=(0.2,) * 3)
+    settings = data_section(sampling="balanced", pad=2, mean=(0.5,) * 3, std=(0.2,) * 3)
     config = types.SimpleNamespace(data=settings, batch_size=batch_size, seed=3)
     parallel = Parallel(num_devices=1, num_seeds=num_seeds)
     return data.train_input(split, config, parallel, views), parallel

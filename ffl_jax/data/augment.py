@@ -3,7 +3,61 @@
 import jax
 import jax.numpy as jnp
 
+from ffl_jax.data import policies
+
 PAD_MODES = ("reflect", "zero")
+POLICIES = ("none", "trivial")
+# Away from the draws of `pad_crop_flip`, which the same keys are split for.
+_POLICY, _ERASING = 0x5EED0001, 0x5EED0002
+_ATTEMPTS, _AREA, _ASPECT = 10, (0.02, 1 / 3), (0.3, 1 / 0.3)
+
+
+def finished(images: jax.Array, keys: jax.Array, settings) -> jax.Array:
+    """What networks see of cropped images in training: uint8 [B, H, W, 3] -> float32.
+
+    Args:
+      images: see above.
+      keys: [B], as for `pad_crop_flip`.
+      settings: the `data` section of the configuration: `policy`, `mean`, `std`, `erasing`.
+    """
+    if settings.policy == "trivial":
+        images = policies.trivial_augment(images, _fold(keys, _POLICY))
+    images = normalize(images, settings.mean, settings.std)
+    return random_erasing(images, _fold(keys, _ERASING), settings.erasing) if settings.erasing else images
+
+
+def random_erasing(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
+    """Fills one rectangle of an image with normal noise: [B, H, W, 3], [B] keys.
+
+    Zhong et al., 2020, arXiv 1708.04896, with timm's noise for each pixel and its bounds: 2 to 33 % of the
+    area, sides in a ratio of 0.3 to 1 / 0.3, and smaller than the image's. The first of ten that fits is
+    taken, and none where none does.
+    """
+    height, width = images.shape[1:3]
+
+    def erase(image, key):
+        whether, *draws, noise = jax.random.split(key, 6)
+        area, ratio, row, column = (jax.random.uniform(draw, (_ATTEMPTS,)) for draw in draws)
+        area = height * width * (_AREA[0] + area * (_AREA[1] - _AREA[0]))
+        ratio = _ASPECT[0] * (_ASPECT[1] / _ASPECT[0]) ** ratio
+        tall, wide = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
+        fits = (tall < height) & (wide < width)
+        first = fits.argmax()
+        erased = fits.any() & (jax.random.uniform(whether) < probability)
+
+        def inside(draw, length, side):
+            start = jnp.floor(draw[first] * (side - length[first] + 1))
+            place = jnp.arange(side)
+            return (place >= start) & (place < start + length[first])
+
+        box = inside(row, tall, height)[:, None] & inside(column, wide, width)
+        return jnp.where((erased & box)[..., None], jax.random.normal(noise, image.shape), image)
+
+    return jax.vmap(erase)(images, keys)
+
+
+def _fold(keys, number):
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

@@ -58,13 +58,15 @@ def augmented(
     views: int = 0,
     repeats: jax.Array | None = None,
 ) -> jax.Array:
-    """Padded, cropped, flipped, normalised images: [B, H, W, 3], or [views, B, H, W, 3].
+    """Padded, cropped, flipped, recoloured, normalised images: [B, H, W, 3], or [views, B, H, W, 3].
 
     Args:
-      images: uint8 [B, H, W, 3].
+      images: uint8 [B, H, W, 3]; with `crop` other than "pad" they are cut already, [B, views, H, W, 3] where
+        there are views.
       indices: [B], their places in the training split.
       seed, epoch: with the example's index they fix its augmentation, whatever device or position it has.
-      settings: the `data` section of the configuration: `pad`, `pad_mode`, `flip`, `mean`, `std`.
+      settings: the `data` section of the configuration: `crop`, `pad`, `pad_mode`, `flip`, and what
+        `augment.finished` reads.
       views: how many augmentations of each image to make, independent of one another; 0 for one without the
         leading axis.
       repeats: [B], which time it is that the epoch has the example, where it may have it more than once.
@@ -74,14 +76,16 @@ def augmented(
     keys = jax.vmap(lambda index: jax.random.fold_in(epoch_key, index))(indices)
     keys = keys if repeats is None else jax.vmap(jax.random.fold_in)(keys, repeats)
 
-    def view(keys):
-        batch = augment.pad_crop_flip(images, keys, settings.pad, settings.flip, settings.pad_mode)
-        return augment.normalize(batch, settings.mean, settings.std)
+    def view(keys, images):
+        if settings.crop == "pad":
+            images = augment.pad_crop_flip(images, keys, settings.pad, settings.flip, settings.pad_mode)
+        return augment.finished(images, keys, settings)
 
     if not views:
-        return view(keys)
+        return view(keys, images)
     fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-    return jnp.stack([view(fold(keys, index)) for index in range(views)])
+    given = [images] * views if images.ndim == 4 else jnp.moveaxis(images, 1, 0)
+    return jnp.stack([view(fold(keys, index), given[index]) for index in range(views)])
 
 
 def eval_batches(num_examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

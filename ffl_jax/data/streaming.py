@@ -16,7 +16,6 @@ import threading
 from multiprocessing import resource_tracker
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -185,15 +184,8 @@ class TrainInput:
 
     def batch(self, arrays, step: jax.Array) -> dict[str, jax.Array]:
         images, labels, indices, *repeats = arrays
-        if self._settings.crop == "pad":
-            epoch = step // self.steps_per_epoch
-            about = (self._seed, epoch, self._settings, self._views, *repeats)
-            image = resident.augmented(images, indices, *about)
-        else:
-            image = augment.normalize(images, self._settings.mean, self._settings.std)
-            # Batches are split over devices along their first axis, so that views came second.
-            image = jnp.moveaxis(image, 1, 0) if self._views else image
-        return {"image": image, "label": labels}
+        about = (self._seed, step // self.steps_per_epoch, self._settings, self._views, *repeats)
+        return {"image": resident.augmented(images, indices, *about), "label": labels}
 
     def close(self):
         if self._pipeline is not None:

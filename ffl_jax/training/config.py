@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from ffl_jax import methods
-from ffl_jax.data.augment import PAD_MODES
+from ffl_jax.data.augment import PAD_MODES, POLICIES
 from ffl_jax.data.base import FILES
 from ffl_jax.data.sampling import SAMPLINGS
 from ffl_jax.errors import ConfigError
@@ -142,6 +142,11 @@ def check(config: ConfigDict):
     if bool(config.data.mean) != bool(config.data.std):
         raise ConfigError("config.data: set mean and std together, or leave both empty.")
     check_choice("config.data.pad_mode", config.data.pad_mode, PAD_MODES)
+    check_choice("config.data.policy", config.data.policy, POLICIES)
+    if config.data.erasing > 1:
+        raise ConfigError(
+            f"config.data.erasing is a probability: it must be in 0..1, got {config.data.erasing}."
+        )
     check_choice("config.data.sampling", config.data.sampling, SAMPLINGS)
     optimizers.merge_rules(config.optimizer, config.optimizer_rules)
     # With any number of classes: what does not go together is refused before the data is looked for.

@@ -106,6 +106,8 @@ def _data_keys() -> dict:
         "pad": 4,
         "pad_mode": "reflect",  # or zero
         "flip": True,
+        "policy": "none",  # or trivial: TrivialAugment, one operation of 14 on each image
+        "erasing": 0.0,  # the probability that a rectangle of an image is filled with noise
         "mean": (),  # of the channels, 0..1; () computes mean and std from the training split
         "std": (),
     }
