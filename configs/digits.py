@@ -7,11 +7,11 @@ from configs import common
 
 
 def get_config(arg=None):
-    config = common.get_config(arg, "digits", network="resnet8", epochs=20, recipe="common")
+    standard = {"batch_size": 64}
+    config = common.get_config(arg, "digits", standard, network="resnet8", epochs=20, recipe="common")
     config.data.name = "digits"
     config.data.pad = 1
     config.data.flip = False  # a mirrored digit is another one, or none
-    config.batch_size = 64
     config.optimizer.schedule = "cosine"
     config.evaluation.every_epochs = 5
     return config

@@ -77,13 +77,49 @@ def test_equal_networks_share_all_but_the_last_stage(arg, network, num, shared_s
         ("network=", "network="),
         ("resnet32", "key=value"),
         ("method=fll", r"unknown method 'fll'.*ffl"),
-        ("recipe=fair", r"recipe=fair.*common, published"),
+        ("recipe=fair", r"recipe=fair.*common, finetune, modern, published"),
         ("epochs=ten", "epochs=ten"),
     ],
 )
 def test_wrong_presets(arg, message):
     with pytest.raises(ConfigError, match=message):
         cifar100.get_config(arg)
+
+
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
+def test_modern_recipes_hold_for_every_method(name):
+    """What a method cannot do without stays."""
+    own = cifar100.get_config(f"method={name},recipe=common,epochs=300")
+    for recipe, rules in (("modern", 1), ("finetune", 0)):
+        config = cifar100.get_config(f"method={name},recipe={recipe},epochs=300")
+        config_lib.check(config)
+        assert config.optimizer_rules[: len(own.optimizer_rules)] == own.optimizer_rules
+        assert len(config.optimizer_rules) == len(own.optimizer_rules) + rules
+        assert (config.method, config.subnetworks) == (own.method, own.subnetworks)
+    assert (config.optimizer.clip_norm, config.optimizer.name, config.optimizer.weight_decay) == (1, "sgd", 0)
+    assert config.optimizer.learning_rate == pytest.approx(0.0025)  # 0.01 of 512, for 128
+
+
+def test_the_modern_recipe_is_that_of_deit():
+    config = cifar100.get_config("recipe=modern")
+    assert (config.epochs, config.label_smoothing, config.data.policy, config.data.erasing) == (
+        *(300, 0.1, "trivial", 0.25),
+    )
+    optimizer, mixing = config.optimizer, config.mixing
+    assert (optimizer.name, optimizer.weight_decay, optimizer.schedule) == ("adamw", 0.05, "cosine")
+    assert (optimizer.learning_rate, optimizer.warmup_epochs) == (pytest.approx(5e-4 / 4), 5)
+    assert (mixing.mixup_alpha, mixing.cutmix_alpha, mixing.probability, mixing.cutmix_share) == (
+        0.8,
+        1,
+        1,
+        0.5,
+    )
+    shorter = cifar100.get_config("recipe=modern,epochs=60")
+    assert (shorter.epochs, shorter.optimizer.warmup_epochs, shorter.method.rampup_epochs) == (60, 1, 16)
+    # Its batch is 64, and its images are not flipped.
+    config = digits.get_config("recipe=modern")
+    assert (config.epochs, config.batch_size, config.data.flip) == (20, 64, False)
+    assert config.optimizer.learning_rate == pytest.approx(5e-4 / 8)
 
 
 @pytest.mark.parametrize("module", [cifar10, cifar100])

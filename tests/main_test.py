@@ -49,10 +49,10 @@ def refused(monkeypatch, tmp_path):
         (["--config.subnetworks.num=0"], "subnetworks.num must be at least 1, got 0"),
         (["--config.data.pad_mode=edge"], "config.data.pad_mode must be one of reflect, zero"),
         (
-            ["--config.label_smoothing=0.1"],
-            "config.label_smoothing: known: accumulate, batch_size",
+            ["--config.teacher_smoothing=0.1"],
+            "config.teacher_smoothing: known: accumulate, batch_size",
         ),  # no typing error
-        (["--config=configs/digits.py:recipe=mine"], "known: common, published"),
+        (["--config=configs/digits.py:recipe=mine"], "known: common, finetune, modern, published"),
         (["--config.subnetworks.shared_stages=3"], "must be 0..2"),
         (["--config.parallel.mode=pjit"], "pmap, shard_map"),
         (["--config.data.pad=8"], "config.data.pad=8"),

@@ -73,7 +73,7 @@ def _import_modules(values: dict):
 def nearest_keys(key: str, known: Iterable[str]) -> list[str]:
     """Those that a mistyped or misplaced key may stand for.
 
-    Only typing errors are guessed at, whatever the section: `label_smoothing` is not `method.smoothing`.
+    Only typing errors are guessed at, whatever the section: `teacher_smoothing` is not `method.smoothing`.
     """
     places = collections.defaultdict(list)
     for name in sorted(known):

@@ -9,7 +9,39 @@ from ffl_jax.errors import ConfigError
 from ffl_jax.models import NETWORKS
 from ffl_jax.registry import nearest
 
-RECIPES = ("published", "common")
+# What `recipe=NAME` sets for every method. `rate` is the learning rate for a batch of 512, and goes with it.
+_NO_DECAY = (("[^/]+/.*/(bias|scale)", {"weight_decay": 0.0}),)
+MODERN = {
+    # DeiT: Touvron et al., 2021, arXiv 2012.12877, table 9, without what is of its network (stochastic depth)
+    # or repeats images; TrivialAugment in place of RandAugment, which it equals without a setting.
+    "modern": {
+        "epochs": 300,
+        "rate": 5e-4,
+        "optimizer.name": "adamw",
+        "optimizer.weight_decay": 0.05,
+        "optimizer.schedule": "cosine",
+        "optimizer.warmup_epochs": 5.0,
+        "optimizer_rules": _NO_DECAY,
+        "label_smoothing": 0.1,
+        "mixing.mixup_alpha": 0.8,
+        "mixing.cutmix_alpha": 1.0,
+        "data.policy": "trivial",
+        "data.erasing": 0.25,
+    },
+    # ViT: Dosovitskiy et al., 2021, arXiv 2010.11929, sec. B.1.1: SGD without weight decay, cosine, gradients
+    # clipped to norm 1, the largest but one of its rates for small datasets; its 10,000 steps on CIFAR, with
+    # its code's 500 of warm-up.
+    "finetune": {
+        "epochs": 100,
+        "rate": 0.01,
+        "optimizer.nesterov": False,
+        "optimizer.weight_decay": 0.0,
+        "optimizer.schedule": "cosine",
+        "optimizer.warmup_epochs": 5.0,
+        "optimizer.clip_norm": 1.0,
+    },
+}
+RECIPES = ("published", "common", *MODERN)
 OPTIMISATION = ("epochs", "batch_size", "optimizer", "data")  # what "common" leaves out of a method's recipe
 
 
@@ -121,9 +153,9 @@ def get_config(
     Args:
       arg: what stands after the colon of `--config=configs/DATA.py:ARG`, such as
         `method=ffl,network=resnet20+resnet32,epochs=60,recipe=common`. The recipe is "published" (the
-        default: what the method's authors used) or "common" (the same for every method, for comparisons on
-        equal terms). Ramps and decays are stretched to `epochs`; `--config.epochs` would leave them where
-        they are.
+        default: what the method's authors used), "common" (the same for every method, for comparisons on
+        equal terms), or one of `MODERN`, which are so too. Ramps and decays are stretched to `epochs`;
+        `--config.epochs` would leave them where they are.
       data: the config file's name, for recipes that differ between datasets.
       standard: {key: value} of the dataset's common recipe that differ from the one below, also `epochs`.
       **presets: the file's own defaults for the keys of `arg`.
@@ -158,14 +190,24 @@ def get_config(
     if len(networks) > 1:
         recipe = {key: value for key, value in recipe.items() if not key.startswith("subnetworks.")}
     published = {key: value for key, value in recipe.items() if key.split(".")[0] in OPTIMISATION}
-    if presets["recipe"] == "common":
+    if presets["recipe"] != "published":
         recipe = {key: value for key, value in recipe.items() if key not in published}
-    epochs = int(presets["epochs"] or recipe.get("epochs", standard["epochs"]))
+    modern = MODERN.get(presets["recipe"], {})
+    epochs = int(presets["epochs"] or (modern or recipe).get("epochs", standard["epochs"]))
     base = {"optimizer": config.optimizer.to_dict(), "method": config.method.to_dict()}
     settings = stretch(flatten(base), epochs, config.epochs)
     settings |= stretch(standard, epochs, standard["epochs"]) | stretch(recipe, epochs, published["epochs"])
+    if modern:
+        settings |= _modern(modern, epochs, settings.get("batch_size", config.batch_size))
+        settings["optimizer_rules"] = recipe.get("optimizer_rules", ()) + modern.get("optimizer_rules", ())
     config.update_from_flattened_dict(settings | {"epochs": epochs})
     return config
+
+
+def _modern(recipe: dict, epochs: int, batch_size: int) -> dict:
+    """The settings of one of `MODERN` for a run of so many epochs, with the rate for that batch."""
+    settings = stretch(recipe, epochs, recipe["epochs"])
+    return settings | {"optimizer.learning_rate": settings.pop("rate") * batch_size / 512}
 
 
 def stretch(values: dict, epochs: int, standard: int) -> dict:
