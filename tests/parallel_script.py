@@ -15,6 +15,7 @@ from harness import CLASSES, FIRST_KINDS, Training, configuration, in_float64
 from configs import digits
 from ffl_jax import methods
 from ffl_jax.devices import parallel
+from ffl_jax.training.recipe import Recipe
 
 # (shares of the batch, devices for the sub-networks)
 LAYOUTS = ((2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (8, 1), (1, 8), (2, 4))
@@ -23,7 +24,9 @@ LAYOUTS = ((2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (8, 1), (1, 8), (2, 4))
 class Steps:
     """The training steps of a method in float64, on several devices, and batches for them."""
 
-    def __init__(self, config, num_steps):
+    def __init__(self, config, num_steps, **settings):
+        """Args: settings: of `steps.train_step`."""
+        self._settings = settings
         self.made = Training(methods.build(config, CLASSES), config)
         self.start = in_float64(self.made.state)
         self.batches = [self.made.batch(16, seed) for seed in range(num_steps)]
@@ -34,7 +37,7 @@ class Steps:
         batch = jax.tree.map(parallel.share, batch)
         if self.made.method.views:
             batch["image"] = jnp.moveaxis(batch["image"], 1, 0)
-        return in_float64(self.made.step(state, batch))
+        return in_float64(self.made.step(state, batch, **self._settings))
 
     def trained(self, runner, starts=None):
         """All that is trained or logged, on the devices."""
@@ -74,6 +77,18 @@ def every_method():
             subnetworks = 2 if devices == 8 and config.subnetworks.num > 1 else 1
             runner = parallel.Parallel("shard_map", devices, subnetworks)
             results |= numbers(f"{name} {devices}", runner.fetch(made.trained(runner)))
+    return results
+
+
+def recipe():
+    """{"lamb DEVICES LEAF": array} with mixed, smoothed, weighted labels and clipped gradients."""
+    config = configured("independent")
+    config.optimizer.update(name="lamb", clip_norm=0.01)
+    mixed = Recipe(CLASSES, tuple(0.1 * k for k in range(CLASSES)), 0.1, 0.8, 1.0)
+    made, results = Steps(config, 3, recipe=mixed), {}
+    for devices in (1, 8):
+        runner = parallel.Parallel("shard_map", devices, 2 if devices == 8 else 1)
+        results |= numbers(f"lamb {devices}", runner.fetch(made.trained(runner)))
     return results
 
 
@@ -134,6 +149,6 @@ def matrix():
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     what, *path = sys.argv[1:]
-    results = {"ffl": ffl, "every_method": every_method, "matrix": matrix}[what]()
+    results = {"ffl": ffl, "recipe": recipe, "every_method": every_method, "matrix": matrix}[what]()
     if path:
         np.savez(path[0], **results)
