@@ -99,7 +99,11 @@ def every_key(method: str) -> ConfigDict:
     # (regex over "objective/parameter/path", settings that differ); the first that matches counts.
     config.optimizer_rules = ()
     config.data = _data_keys()
-    config.evaluation = {"batch_size": 500, "every_epochs": 1}
+    config.evaluation = {
+        "batch_size": 500,
+        "every_epochs": 1,
+        "patience": 0,  # evaluations without a better validation score that end training; 0: none do
+    }
     config.checkpoint = {"every_epochs": 1, "every_steps": 0, "keep": 2}
     config.log_every_steps = 100  # a line of metrics.jsonl at least at the end of each epoch
     config.log_histograms = False  # True: of all parameters at every evaluation, in TensorBoard

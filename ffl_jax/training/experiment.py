@@ -47,6 +47,11 @@ class Experiment:
                 f"config.data.pad={config.data.pad} reflects more than there is: it must be below the "
                 f"images' size, {height}x{width}."
             )
+        if config.evaluation.patience and dataset.validation is None:
+            raise ConfigError(
+                "config.evaluation.patience waits for a better validation score: set "
+                "config.data.validation_examples, now 0."
+            )
         self.config = resolve(config, dataset)
         self.dataset = dataset
         self.image_shape = dataset.train.image_shape
@@ -160,6 +165,17 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
         config.data.mean = tuple(float(x) for x in mean / 255)
         config.data.std = tuple(float(x) for x in std / 255)
     return config
+
+
+def stands_still(config: ConfigDict, steps_per_epoch: int, best: dict | None, evaluated_step: int) -> bool:
+    """Whether a run was not better than at its best in `config.evaluation.patience` evaluations since.
+
+    Known from what a checkpoint tells, so that a run that continues is judged as one that never stopped.
+
+    Args: best, evaluated_step: see `runs.Run`.
+    """
+    patience = config.evaluation.patience * config.evaluation.every_epochs * steps_per_epoch
+    return patience > 0 and best is not None and evaluated_step - best["step"] >= patience
 
 
 def run_record(experiment: Experiment, devices: int = 1, **about) -> dict:

@@ -192,10 +192,16 @@ class Loop:
                 self.evaluate(state)
             # Asked again, for a signal may have come, and ended the evaluation. What was saved before an
             # evaluation is saved once more after it: scores and the best epoch go with the state.
-            stopping = self.host.stopping(self.step)
-            if (stopping or self.checkpoint_is_due()) and self.saved != (self.step, self.runs.evaluated_step):
+            stopping, complete = self.host.stopping(self.step), self.runs.are_complete(self.step)
+            if (stopping or complete or self.checkpoint_is_due()) and self.saved != (
+                self.step,
+                self.runs.evaluated_step,
+            ):
                 self.save(state)
-            if stopping or self.step == self.experiment.total_steps:
+            if complete and self.step < self.experiment.total_steps:
+                patience = self.config.evaluation.patience
+                logging.info("Stopped early: not better in %d evaluations of the validation split.", patience)
+            if stopping or complete:
                 return
             if self.at_epoch:
                 # Not saved: a continued run does it again from the same parameters.

@@ -17,7 +17,7 @@ from ffl_jax.devices.parallel import Parallel
 from ffl_jax.errors import CheckpointError, NonFiniteError, ResourceError
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import confusion, steps, summary, teachers
-from ffl_jax.training.experiment import Experiment, check_belongs, run_record, versions
+from ffl_jax.training.experiment import Experiment, check_belongs, run_record, stands_still, versions
 from ffl_jax.workdir import checkpoint
 from ffl_jax.workdir.run_folder import RunFolder
 
@@ -123,7 +123,11 @@ class Runs:
 
     def are_complete(self, step: int) -> bool:
         """Whether this is the last step, and all runs have evaluated it."""
-        return step >= self.experiment.total_steps and all(run.evaluated_step == step for run in self)
+        per_epoch = self.experiment.steps_per_epoch
+        is_last = step >= self.experiment.total_steps or all(
+            stands_still(self.experiment.config, per_epoch, run.best, run.evaluated_step) for run in self
+        )
+        return is_last and all(run.evaluated_step == step for run in self)
 
     def newest_step(self) -> int | None:
         """The newest step that all runs have whole; None where a kill came before all had one."""

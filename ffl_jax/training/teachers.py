@@ -18,7 +18,7 @@ from ffl_jax.errors import CheckpointError, ConfigError
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import config_file
 from ffl_jax.training.defaults import stretch
-from ffl_jax.training.experiment import RUN_FORMAT, Experiment, resolve
+from ffl_jax.training.experiment import RUN_FORMAT, Experiment, resolve, stands_still
 from ffl_jax.training.steps import TrainState
 from ffl_jax.workdir import checkpoint
 from ffl_jax.workdir.paths import expanded
@@ -153,8 +153,12 @@ def _problem(folder, prediction, index, experiment) -> str | None:
     step = checkpoint.find(directory)
     stored = checkpoint.load_run(directory, step)
     config = config_lib.from_json(stored["config"])
-    total = config.epochs * resident.steps_per_epoch(stored["dataset"]["train_examples"], config.batch_size)
-    if not 0 < step < total:  # imported weights are at step 0, where no training saves
+    per_epoch = resident.steps_per_epoch(stored["dataset"]["train_examples"], config.batch_size)
+    total = config.epochs * per_epoch
+    ended = step >= total or stands_still(
+        config, per_epoch, stored.get("best"), stored.get("evaluated_step", -1)
+    )
+    if ended or not step:  # imported weights are at step 0, where no training saves
         return None
     command = _command(config, experiment.dataset, folder)
     return f"{folder} is at step {step} of {total}, continue it with `{command}`"
