@@ -7,13 +7,15 @@ import pytest
 from harness import CLASSES, FIRST_KINDS, SHAPE, configuration
 
 from configs import digits
-from ffl_jax import methods
+from ffl_jax import data, methods
 from ffl_jax.data.base import Dataset, Split
+from ffl_jax.devices.parallel import Parallel
 from ffl_jax.errors import ConfigError, DatasetError
 from ffl_jax.losses import SoftLabels, classes, cross_entropy
 from ffl_jax.methods.base import LABELS, logged
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import recipe, steps
+from ffl_jax.training import programs, recipe, steps
+from ffl_jax.training.experiment import Experiment
 
 HARD = np.array([3, 0, 9, 3, 5, 1])
 RNG = np.random.default_rng(0)
@@ -271,3 +273,17 @@ def test_mixing_that_no_run_can_have_is_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             make(**settings)
+
+
+def test_the_log_shows_what_networks_see():
+    config = digits.get_config("network=tiny,method=independent")
+    config.mixing.mixup_alpha = 1.0
+    experiment, parallel = Experiment(config, data.load(config.data)), Parallel(num_devices=1)
+    inputs = data.train_input(experiment.dataset.train, experiment.config, parallel)
+    arrays = next(inputs.batches(0, 0))
+    (shown,) = programs.images_shown(experiment, inputs, parallel, arrays)
+    batch = inputs.batch(parallel.fetch(arrays), 0)
+    batch = experiment.recipe(batch, jax.random.fold_in(experiment.initial_state().rng, 0))
+    settings = experiment.config.data
+    pixels = np.asarray(batch["image"][:32]) * np.array(settings.std) + np.array(settings.mean)
+    assert np.abs(shown - 255 * pixels).max() < 0.501

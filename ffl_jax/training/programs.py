@@ -64,7 +64,11 @@ def images_shown(experiment: Experiment, inputs, parallel: Parallel, arrays) -> 
     """Images of the first batch of the first run, as people see them: uint8 [views, B, H, W, 3]."""
 
     def images(arrays):
-        return inputs.batch(arrays, jnp.int32(0))["image"][..., :_SHOWN, :, :, :]
+        batch = inputs.batch(arrays, jnp.int32(0))
+        if experiment.recipe is not None:  # with the key of the first step of the first run
+            _, rng = jax.random.split(jax.random.key(experiment.config.seed))
+            batch = experiment.recipe(batch, jax.random.fold_in(rng, 0))
+        return batch["image"][..., :_SHOWN, :, :, :]
 
     program = parallel.map(images, (inputs.kinds,))
     seen = np.asarray(parallel.fetch_runs(program(arrays))[0])  # of the first device
