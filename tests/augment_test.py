@@ -175,8 +175,8 @@ def test_cropped_images_are_finished_by_the_settings():
 
     plain, trivial, both = finished(), finished(policy="trivial"), finished(policy="trivial", erasing=1.0)
     np.testing.assert_allclose(plain, augment.normalize(images, **settings), rtol=1e-5, atol=2e-6)
-    changed = (plain != trivial).any(axis=(1, 2, 3))
+    changed, erased = (~np.isclose(x, trivial, rtol=1e-4, atol=1e-4) for x in (plain, both))  # rounded apart
+    changed, erased = changed.any(axis=(1, 2, 3)), erased.any(axis=-1)
     assert 15 < changed.sum() < 30
-    erased = (both != trivial).any(axis=-1)
     assert erased.any(axis=(1, 2)).all()
     assert erased.mean() < 0.4
