@@ -365,6 +365,7 @@ FREE = {
     "wandb": "project",
     "evaluation.batch_size": 7,
     "evaluation.every_epochs": 2,
+    "evaluation.patience": 3,
     "checkpoint.every_steps": 9,
     "checkpoint.keep": 5,
     "parallel.mode": "shard_map",

@@ -137,17 +137,7 @@ def check(config: ConfigDict):
         )
     check_choice("config.precision", config.precision, PRECISIONS)
     recipe.check(config)
-    _check_channels("mean", config.data.mean, 0.0)
-    _check_channels("std", config.data.std, 1 / 255)
-    if bool(config.data.mean) != bool(config.data.std):
-        raise ConfigError("config.data: set mean and std together, or leave both empty.")
-    check_choice("config.data.pad_mode", config.data.pad_mode, PAD_MODES)
-    check_choice("config.data.policy", config.data.policy, POLICIES)
-    if config.data.erasing > 1:
-        raise ConfigError(
-            f"config.data.erasing is a probability: it must be in 0..1, got {config.data.erasing}."
-        )
-    check_choice("config.data.sampling", config.data.sampling, SAMPLINGS)
+    _check_data(config.data)
     optimizers.merge_rules(config.optimizer, config.optimizer_rules)
     # With any number of classes: what does not go together is refused before the data is looked for.
     method = methods.build(config, num_classes=2)
@@ -156,6 +146,18 @@ def check(config: ConfigDict):
             f"this {config.method.name} learns from a validation split of the training images: set "
             "config.data.validation_examples or config.data.validation_fraction, both now 0."
         )
+
+
+def _check_data(data: ConfigDict):
+    _check_channels("mean", data.mean, 0.0)
+    _check_channels("std", data.std, 1 / 255)
+    if bool(data.mean) != bool(data.std):
+        raise ConfigError("config.data: set mean and std together, or leave both empty.")
+    check_choice("config.data.pad_mode", data.pad_mode, PAD_MODES)
+    check_choice("config.data.policy", data.policy, POLICIES)
+    if data.erasing > 1:
+        raise ConfigError(f"config.data.erasing is a probability: it must be in 0..1, got {data.erasing}.")
+    check_choice("config.data.sampling", data.sampling, SAMPLINGS)
 
 
 def _check_channels(key: str, values: tuple, least: float):

@@ -82,20 +82,7 @@ def every_key(method: str) -> ConfigDict:
             "epochs": 0,  # of each; 0: as many as the student
             "generations": 1,  # 2: the teachers are students of teachers themselves, and so on
         }
-    config.optimizer = {
-        "name": "sgd",  # or adam, adamw, lamb
-        "learning_rate": 0.1,
-        "weight_decay": 1e-4,
-        "momentum": 0.9,
-        "nesterov": True,
-        "beta1": 0.9,
-        "beta2": 0.999,
-        "clip_norm": 0.0,  # an objective's gradient is scaled down to this norm; 0: never
-        "schedule": "step",  # or cosine, constant
-        "decay_epochs": (150, 225),
-        "decay_factor": 0.1,
-        "warmup_epochs": 0.0,
-    }
+    config.optimizer = _optimizer_keys()
     # (regex over "objective/parameter/path", settings that differ); the first that matches counts.
     config.optimizer_rules = ()
     config.data = _data_keys()
@@ -115,6 +102,23 @@ def every_key(method: str) -> ConfigDict:
         "seeds": 1,  # devices over which the runs are spread
     }
     return config
+
+
+def _optimizer_keys() -> dict:
+    return {
+        "name": "sgd",  # or adam, adamw, lamb
+        "learning_rate": 0.1,
+        "weight_decay": 1e-4,
+        "momentum": 0.9,
+        "nesterov": True,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "clip_norm": 0.0,  # an objective's gradient is scaled down to this norm; 0: never
+        "schedule": "step",  # or cosine, constant
+        "decay_epochs": (150, 225),
+        "decay_factor": 0.1,
+        "warmup_epochs": 0.0,
+    }
 
 
 def _data_keys() -> dict:
