@@ -76,7 +76,8 @@ def train(
             states = runs.restored(step)
             logging.info("Continuing from step %d of %d.", step, experiment.total_steps)
         if runs.are_complete(step):
-            logging.info("%s is complete: %d epochs. Nothing to do.", workdir, config.epochs)
+            epochs = step // experiment.steps_per_epoch
+            logging.info("%s is complete: %d epochs. Nothing to do.", workdir, epochs)
             return told(runs.stored_summary(step), tell)
         if processes.is_first():
             runs.check_space()
