@@ -16,8 +16,11 @@ CASES = {
     "wide_stride": dict(shape=(2, 11, 10, 2), kernel=(3, 3, 2, 3), stride=4),
     "large_kernel": dict(shape=(2, 12, 12, 2), kernel=(7, 7, 2, 3), stride=2, pad=3),
     "whole_map": dict(shape=(2, 5, 6, 2), kernel=(5, 6, 2, 1), pad=0),
+    "patches": dict(shape=(2, 9, 14, 3), kernel=(4, 4, 3, 5), stride=4, pad=0),
     "depthwise": dict(shape=(3, 6, 7, 4), kernel=(3, 3, 1, 4), groups=4),
     "depthwise_strided": dict(shape=(3, 6, 7, 4), kernel=(3, 3, 1, 4), groups=4, stride=2),
+    "depthwise_7x7": dict(shape=(2, 6, 5, 4), kernel=(7, 7, 1, 4), groups=4, pad=3),
+    "depthwise_7x7_strided": dict(shape=(2, 9, 8, 4), kernel=(7, 7, 1, 4), groups=4, stride=2, pad=3),
     "grouped": dict(shape=(3, 6, 7, 6), kernel=(3, 3, 2, 9), groups=3),
 }
 
@@ -115,7 +118,7 @@ def test_transposed_equals_the_gradient_of_its_definition(strides, padding):
         np.testing.assert_allclose(other, wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["strided", "depthwise"])
+@pytest.mark.parametrize("name", ["strided", "patches", "depthwise", "depthwise_7x7"])
 def test_vectorized_equals_one_after_another(name):
     arguments, _, call = case(**CASES[name])
     with jax.enable_x64(True):

@@ -93,6 +93,11 @@ def share(batch: jax.Array) -> jax.Array:
     return lax.dynamic_slice_in_dim(batch, lax.axis_index(_DATA) * size, size)
 
 
+def own_keys(key: jax.Array, num: int) -> jax.Array:
+    """One key for each of this device's `num` examples, by their places in the batch of all devices."""
+    return share(jax.random.split(key, num * _size(_DATA)))
+
+
 def spread(num: int) -> bool:
     """Whether `num` stacked sub-networks lie on different devices here."""
     return _size(_SUBNETWORK) > 1 and num % _size(_SUBNETWORK) == 0

@@ -75,11 +75,13 @@ class PCL(Method):
         copy, variables = self.unbind()
         if self.is_initializing():
             for kind in ("params", "batch_stats"):
-                self.put_variable("ema", kind, variables[kind])
+                if kind in variables:
+                    self.put_variable("ema", kind, variables[kind])
+        rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else {}
         ema, updates = copy.apply(
-            dict(self.variables["ema"]), images, train, method="classify", mutable=["batch_stats"]
+            dict(self.variables["ema"]), images, train, method="classify", mutable=["batch_stats"], rngs=rngs
         )
-        if train and not self.average_statistics:
+        if train and not self.average_statistics and "batch_stats" in updates:
             self.put_variable("ema", "batch_stats", updates["batch_stats"])
         return outputs | {f"ema_{name}": logits for name, logits in ema.items()}
 
@@ -126,7 +128,7 @@ class PCL(Method):
             return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, old, new)
 
         ema = {**model_state["ema"], "params": average(model_state["ema"]["params"], params)}
-        if self.average_statistics:
+        if self.average_statistics and "batch_stats" in ema:
             ema["batch_stats"] = average(ema["batch_stats"], model_state["batch_stats"])
         return {**model_state, "ema": ema}
 

@@ -59,40 +59,52 @@ class Stacked(nn.Module):
             trunk = self.network.clone(stop=self.shared_stages, parent=self, name="trunk")
             x = _run(trunk, x.reshape(-1, *x.shape[-3:]), train, self.remat)
             if views:
-                x = x.reshape(self.num, -1, *x.shape[-3:])
-            trunk_map = x
+                x = jax.tree.map(lambda x: x.reshape(self.num, -1, *x.shape[1:]), x)
+            trunk_map = self.network.feature_map(x)
             if trunk_gradient != 1:
-                x = trunk_gradient * x + jax.lax.stop_gradient((1 - trunk_gradient) * x)
+                x = jax.tree.map(
+                    lambda x: trunk_gradient * x + jax.lax.stop_gradient((1 - trunk_gradient) * x), x
+                )
         branch = self.network.clone(start=self.shared_stages, parent=None)
 
-        def init():
-            keys = jax.random.split(self.make_rng("params"), self.num)
-            return jax.vmap(lambda key: branch.init(key, x[0] if views else x, train=False))(keys)
+        if self.is_initializing():
+            first = jax.random.split(self.make_rng("params"), self.num)
+            one = _pick(x, 0) if views else x
+            drawn = jax.vmap(lambda key: branch.init(key, one, train=False))(first)
+            for kind, tree in drawn.items():  # not every network has batch statistics
+                self.put_variable(kind, "branches", tree)
+        params = self.get_variable("params", "branches")
+        statistics = self.get_variable("batch_stats", "branches", {})
+        keys = None  # for what is random in training
+        if train and self.has_rng("dropout"):
+            keys = jax.random.split(self.make_rng("dropout"), self.num)
 
-        params = self.variable("params", "branches", lambda: init()["params"]).value
-        statistics = self.variable("batch_stats", "branches", lambda: init()["batch_stats"])
-
-        def run(params, statistics, x):
+        def run(params, statistics, x, key):
             variables = {"params": params, "batch_stats": statistics}
-            outputs, updates = branch.apply(variables, x, train, mutable=["batch_stats"])
-            return outputs, updates["batch_stats"]
+            rngs = {} if key is None else {"dropout": key}
+            outputs, updates = branch.apply(variables, x, train, mutable=["batch_stats"], rngs=rngs)
+            return outputs, updates.get("batch_stats", {})
 
         if self.remat:
             run = jax.checkpoint(run)
         spread = parallel.spread(self.num)  # then the variables are those of the sub-networks here
         if spread:
             x = parallel.to_subnetworks(x)
-            x = parallel.own_subnetworks(x) if views else x
+            keys = jax.tree.map(parallel.own_subnetworks, keys)
+            x = jax.tree.map(parallel.own_subnetworks, x) if views else x
         here = jax.tree.leaves(params)[0].shape[0]
         if self.vectorize:
-            axes = (0, 0, 0 if views else None)
-            outputs, new_statistics = jax.vmap(run, in_axes=axes)(params, statistics.value, x)
+            axes = (0, 0, 0 if views else None, 0)
+            outputs, new_statistics = jax.vmap(run, in_axes=axes)(params, statistics, x, keys)
         else:
-            results = [run(*_pick((params, statistics.value), k), x[k] if views else x) for k in range(here)]
+            results = [
+                run(*_pick((params, statistics), k), _pick(x, k) if views else x, _pick(keys, k))
+                for k in range(here)
+            ]
             outputs, new_statistics = zip(*results, strict=True)
             new_statistics = _stack(new_statistics)
-        if train:
-            statistics.value = new_statistics
+        if train and statistics:
+            self.put_variable("batch_stats", "branches", new_statistics)
         if spread:
             outputs = parallel.from_subnetworks(outputs if self.vectorize else _stack(outputs))
         if self.vectorize or spread:
@@ -104,7 +116,7 @@ class Stacked(nn.Module):
 
     def member(self, k: int) -> Network:
         """Sub-network k as a plain network."""
-        return self.network
+        return _plain(self.network)
 
     def extract(self, variables: dict, k: int) -> dict:
         """The variables of `member(k)`, taken from those of this module."""
@@ -142,11 +154,17 @@ class Mixed(nn.Module):
 
     def member(self, k: int) -> Network:
         """Sub-network k as a plain network."""
-        return self.networks[k]
+        return _plain(self.networks[k])
 
     def extract(self, variables: dict, k: int) -> dict:
         """The variables of `member(k)`, taken from those of this module."""
-        return {kind: tree[f"networks_{k}"] for kind, tree in variables.items()}
+        name = f"networks_{k}"
+        return {kind: tree[name] for kind, tree in variables.items() if name in tree}
+
+
+def _plain(network):
+    """The network as it is used after training."""
+    return network.clone(dropout=0.0, drop_path=0.0)
 
 
 def _run(network, x, train, remat):
@@ -196,14 +214,25 @@ def build(
     shared_stages: int = 0,
     vectorize: bool = False,
     remat: bool = False,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
 ) -> Stacked | Mixed:
-    """`Stacked` where all names in `network` ("resnet32", "resnet20+resnet32") are the same, else `Mixed`."""
+    """`Stacked` where all names in `network` ("resnet32", "resnet20+resnet32") are the same, else `Mixed`.
+
+    Of `dropout` and `drop_path` each network takes what it has; one that none of them has must be 0.
+    """
     names = network_names(network, num)
+    networks, rates = [NETWORKS.lookup(name)(num_classes) for name in names], {}
+    for key, rate in {"dropout": dropout, "drop_path": drop_path}.items():
+        if rate and not any(key in one.drops for one in networks):
+            raise ConfigError(f"config.subnetworks.{key}={rate}, but {network} has none: set it to 0.")
+        rates[key] = rate
+    networks = [one.clone(**{key: rates[key] for key in one.drops}) for one in networks]
     if len(set(names)) == 1:
-        return Stacked(NETWORKS.lookup(names[0])(num_classes), num, shared_stages, vectorize, remat)
+        return Stacked(networks[0], num, shared_stages, vectorize, remat)
     if shared_stages:
         raise ConfigError(
             f"different networks ({network}) cannot share a trunk: set config.subnetworks.shared_stages=0, "
             f"got {shared_stages}."
         )
-    return Mixed(tuple(NETWORKS.lookup(name)(num_classes) for name in names), remat)
+    return Mixed(tuple(networks), remat)

@@ -1,6 +1,7 @@
 """Network families, one file each. Importing a family registers its networks' names."""
 
 from ffl_jax.models import (  # noqa: F401
+    convnext,
     densenet,
     googlenet,
     mobilenet,
@@ -8,6 +9,7 @@ from ffl_jax.models import (  # noqa: F401
     resnet_cifar,
     shufflenet,
     vgg,
+    vit,
     wide_resnet,
 )
 from ffl_jax.models.base import NETWORKS, Network, NetworkOutputs

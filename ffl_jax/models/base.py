@@ -1,14 +1,16 @@
 """What every network gives, and the layers that all families build with."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import flax
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.linen import initializers
 
 from ffl_jax.devices import parallel
+from ffl_jax.errors import ConfigError
 from ffl_jax.models import convolutions
 from ffl_jax.registry import Registry
 
@@ -20,6 +22,8 @@ FAN_OUT = initializers.variance_scaling(2.0, "fan_out", "normal")
 FAN_IN = initializers.variance_scaling(2.0, "fan_in", "normal")
 # … or U(-1 / sqrt(n), 1 / sqrt(n)) of n inputs, PyTorch's default.
 UNIFORM = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# What the weights of transformers and ConvNeXts start from; timm cuts it off at 100 deviations.
+SMALL_NORMAL = initializers.normal(0.02)
 
 
 @flax.struct.dataclass
@@ -28,7 +32,7 @@ class NetworkOutputs:
 
     Attributes:
       logits: [B, C].
-      features: [B, D], the last feature map averaged over space.
+      features: [B, D], what the head gets: the last feature map averaged over space, or a class token.
       feature_maps: one [B, H, W, D] for each stage that the network ran, its output: after the stage's last
         ReLU, but for the earlier stages of pre-activation networks, which end in a sum or a concatenation,
         and of MobileNetV2, which end in linear bottlenecks.
@@ -54,18 +58,26 @@ class Network(nn.Module):
     feature map there; with `start` > 0 it takes that map in place of images. Names of parameters do not
     depend on the cut: trunk and branch together hold the names of the whole network.
 
-    A family defines `num_stages`, `stem` and `stage`, and `classify` where one linear layer is not all.
+    A family defines `num_stages`, `stem` and `stage`, and `classify` where one linear layer is not all. Where
+    more than a map goes from stage to stage, it also defines `feature_map` and `pool`.
 
     Attributes:
       num_classes: C.
       start, stop: the first stage to run and the one to stop before; `stop` None runs to the logits.
+      dropout: share of the numbers that are left out in training, where the family's layers say.
+      drop_path: share of the examples that pass a residual block by in training, for the last block; it
+        rises from 0 at the first one. Stochastic depth: Huang et al., 2016, arXiv 1603.09382.
+      drops: which of these two the family has; the others stay 0.
     """
 
     num_classes: int
     start: int = 0
     stop: int | None = None
+    dropout: float = 0.0
+    drop_path: float = 0.0
 
     num_stages = 3
+    drops: ClassVar[tuple[str, ...]] = ()
 
     def stem(self, x: jax.Array, train: bool) -> jax.Array:
         """What comes before the first stage: images [B, H, W, 3] -> map."""
@@ -74,6 +86,14 @@ class Network(nn.Module):
     def stage(self, index: int, x: jax.Array, train: bool) -> jax.Array:
         """Stage `index`, 0-based: map -> map."""
         raise NotImplementedError
+
+    def feature_map(self, x: Any) -> jax.Array:
+        """[B, H, W, D] of what a stage gives."""
+        return x
+
+    def pool(self, x: Any) -> jax.Array:
+        """What the last stage gives -> features [B, D]."""
+        return x.mean(axis=(1, 2))
 
     def classify(self, features: jax.Array) -> jax.Array:
         """What comes after the last stage: pooled [B, D] -> logits [B, C]. Layers' names end in "head"."""
@@ -87,10 +107,10 @@ class Network(nn.Module):
         feature_maps = []
         for index in range(self.start, self.num_stages if self.stop is None else self.stop):
             x = self.stage(index, x, train)
-            feature_maps.append(x)
+            feature_maps.append(self.feature_map(x))
         if self.stop is not None:
             return x
-        features = x.mean(axis=(1, 2))
+        features = self.pool(x)
         return NetworkOutputs(self.classify(features), features, tuple(feature_maps))
 
 
@@ -232,6 +252,67 @@ def dense(
     """Linear layer of `fan_in` inputs; weights and bias start from `uniform(fan_in)`, as in PyTorch."""
     bias_init = bias_init or uniform(fan_in)
     return nn.Dense(features, kernel_init=uniform(fan_in), bias_init=bias_init, name=name)
+
+
+def layer_norm(name: str) -> nn.LayerNorm:
+    """Normalises over the channels, with the epsilon of the published ViTs and ConvNeXts."""
+    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name)
+
+
+def mlp(x: jax.Array, train: bool, dropout: float = 0.0) -> jax.Array:
+    """Linear to four times the channels, exact GELU, linear back, within a compact module."""
+    hidden = nn.Dense(4 * x.shape[-1], kernel_init=SMALL_NORMAL, name="mlp_expand")(x)
+    hidden = Dropout(dropout)(nn.gelu(hidden, approximate=False), train)
+    x = nn.Dense(x.shape[-1], kernel_init=SMALL_NORMAL, name="mlp_project")(hidden)
+    return Dropout(dropout)(x, train)
+
+
+def patch_conv(x: jax.Array, features: int, size: int, name: str) -> jax.Array:
+    """Convolution, with a bias, of patches of `size` x `size` pixels that do not overlap, unpadded.
+
+    Rows and columns beyond the last whole patch are not seen.
+    """
+    if min(x.shape[1:3]) < size:
+        raise ConfigError(
+            f"config.subnetworks.network: a layer takes patches of {size}x{size} pixels of a map that is "
+            f"{x.shape[1]}x{x.shape[2]}: take larger images, or a network of smaller patches."
+        )
+    layer = convolutions.Conv(features, (size, size), size, padding=0, kernel_init=SMALL_NORMAL, name=name)
+    return layer(x)
+
+
+def drop_path_rates(rate: float, blocks: Sequence[int]) -> list[list[float]]:
+    """The share that each block is passed by, stage by stage: 0 for the first one, `rate` for the last."""
+    last = max(sum(blocks) - 1, 1)
+    return [
+        [rate * (sum(blocks[:stage]) + block) / last for block in range(num)]
+        for stage, num in enumerate(blocks)
+    ]
+
+
+class Dropout(nn.Module):
+    """Sets numbers, or all of an example, to 0 in training, and divides the others by the share that stays.
+
+    What is drawn hangs on the key "dropout" and the example's place in the batch of all devices, so that a
+    step is the same on any number of them.
+
+    Attributes:
+      rate: the share that is set to 0.
+      examples: whether all of an example is, or none.
+    """
+
+    rate: float
+    examples: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, ...] -> the same shape."""
+        if not train or not self.rate:
+            return x
+        keys = parallel.own_keys(self.make_rng("dropout"), len(x))
+        shape = (1,) * (x.ndim - 1) if self.examples else x.shape[1:]
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, shape))(keys)
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype))
 
 
 def small_dense(features: int, name: str | None = None) -> nn.Dense:

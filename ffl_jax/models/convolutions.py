@@ -20,6 +20,10 @@ from ffl_jax.devices import backend
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Of the operands of one matrix product in `_kernel_gradient`, in bytes: what stays in a core's cache.
 _CHUNK_BYTES = 3 << 20
+# The side from which on patches that do not overlap are one matrix product.
+_PATCH = 4
+# Of a depthwise kernel: more of them are a loop, since 49 taps of a program take seconds to compile.
+_UNROLLED_ROWS = 5
 
 
 def conv_general_dilated(
@@ -47,6 +51,8 @@ def conv_general_dilated(
             x, kernel, strides, padding, feature_group_count=feature_group_count, **settings
         )
     padding = tuple(tuple(pair) for pair in padding)
+    if strides == kernel.shape[:2] and groups == 1 and min(strides) >= _PATCH and not np.any(padding):
+        return _patches(x, kernel)
     # One kernel for each channel has no matrix product in it: it is a sum of shifted products.
     if groups == x.shape[-1] == kernel.shape[-1] > 1:
         return _depthwise(strides, padding, x, kernel)
@@ -102,6 +108,14 @@ class ConvTranspose(nn.Module):
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         return conv_transpose(*promote_dtype(x, kernel), self.strides, self.padding)
+
+
+def _patches(x, kernel):
+    """The convolution whose strides are its kernel's sides: its patches are rows of a matrix."""
+    height, width, channels, features = kernel.shape
+    rows, columns = x.shape[1] // height, x.shape[2] // width
+    x = x[:, : rows * height, : columns * width].reshape(-1, rows, height, columns, width, channels)
+    return x.swapaxes(2, 3).reshape(-1, rows, columns, kernel[..., 0].size) @ kernel.reshape(-1, features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -167,10 +181,23 @@ def _mirrored_padding(kernel, padding):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _depthwise(strides, padding, x, kernel):
     """A sum of shifted products, which becomes one loop."""
-    taps = list(np.ndindex(kernel.shape[:2]))
     size = _output_size(x, kernel, strides, padding)
     x = _pad(x, padding)
-    return sum(_window(x, tap, strides, size) * kernel[*tap, 0] for tap in taps)
+
+    if len(kernel) <= _UNROLLED_ROWS:
+        taps = np.ndindex(kernel.shape[:2])
+        return sum(_window(x, tap, strides, size) * kernel[*tap, 0] for tap in taps)
+
+    def add(row, total):
+        seen = _from_row(x, row, kernel)
+        return total + sum(_window(seen, (0, j), strides, size) * tap[0] for j, tap in enumerate(kernel[row]))
+
+    return lax.fori_loop(0, len(kernel), add, jnp.zeros((len(x), *size, x.shape[-1]), x.dtype))
+
+
+def _from_row(x, row, kernel):
+    """Of a padded map, all that row `row` of the kernel sees, in any row of the output."""
+    return lax.dynamic_slice_in_dim(x, row, x.shape[1] - len(kernel) + 1, axis=1)
 
 
 def _depthwise_forward(strides, padding, x, kernel):
@@ -180,8 +207,15 @@ def _depthwise_forward(strides, padding, x, kernel):
 def _depthwise_backward(strides, padding, saved, gradient):
     x, kernel = saved
     size, padded = gradient.shape[1:3], _pad(x, padding)
-    products = [_window(padded, tap, strides, size) * gradient for tap in np.ndindex(kernel.shape[:2])]
-    kernel_gradient = jnp.stack([product.sum(axis=(0, 1, 2)) for product in products])
+
+    def sums(x, taps):
+        return jnp.stack([(_window(x, tap, strides, size) * gradient).sum(axis=(0, 1, 2)) for tap in taps])
+
+    if len(kernel) <= _UNROLLED_ROWS:
+        kernel_gradient = sums(padded, np.ndindex(kernel.shape[:2]))
+    else:
+        taps = [(0, j) for j in range(kernel.shape[1])]
+        kernel_gradient = lax.map(lambda i: sums(_from_row(padded, i, kernel), taps), jnp.arange(len(kernel)))
     # Spread by the strides, the gradient is convolved with the kernel turned around.
     around = [
         (k - 1 - low, n + low - 1 - s * (out - 1), s - 1)

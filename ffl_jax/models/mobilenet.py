@@ -35,6 +35,11 @@ class MobileNetV2(Network):
 
     num_stages = 5
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """How many are in each stage."""
+        return tuple(map(len, _WIDTHS))
+
     def stem(self, x, train):
         stride = self.early_strides[0] if self.early_strides else early_stride(x)
         width, activation = int(32 * self.width), self.activation

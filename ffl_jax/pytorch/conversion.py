@@ -1,7 +1,4 @@
-"""Published PyTorch weights as a checkpoint of this library: of FFL's released code and of FFSD's.
-
-What names and shapes a file must have follows from our own networks: each variable has one PyTorch name.
-"""
+"""Published PyTorch weights as a checkpoint of this library: of FFL's released code and of FFSD's."""
 
 import dataclasses
 import functools
@@ -23,20 +20,13 @@ from ffl_jax.models.googlenet import GoogLeNet
 from ffl_jax.models.resnet import ResNet
 from ffl_jax.models.resnet_cifar import ResNetCifar
 from ffl_jax.models.wide_resnet import WideResNet
-from ffl_jax.pytorch import reading
+from ffl_jax.pytorch import names, reading
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import steps
 from ffl_jax.training.experiment import Experiment, run_record
 from ffl_jax.workdir import checkpoint, files
 
-_LISTED = 5
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
+_FFSD = (ResNetCifar, ResNet, WideResNet, DenseNet, GoogLeNet)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,17 +135,19 @@ def _load_ffl(found, network):
     entries = {f"net/{name}": value for name, value in net.items()}
     entries |= {f"fusion/{name}": value for name, value in fusion.items()}
     files = " and ".join(dict.fromkeys((where, fusion_where)))
-    variables = _variables(method, entries, _ffl_name, f"{files}, {network} with K = {num},")
+    name_of = functools.partial(_ffl_name, module)
+    variables = _variables(method, entries, name_of, f"{files}, {network} with K = {num},")
     return Weights("ffl", network, num, shared, module.num_classes, variables)
 
 
-def _ffl_name(path, k):
+def _ffl_name(network, path, k):
     if path[0] == "fusion":
-        names = {"depthwise_conv": "conv1", "depthwise_norm": "bn1", "head": "fc2"}
-        return f"fusion/{(names | {'pointwise_conv': 'conv1_1', 'pointwise_norm': 'bn1_1'})[path[1]]}"
-    name = _released_name(ResNetCifar, path[2:])
+        layers = {"depthwise_conv": "conv1", "depthwise_norm": "bn1", "head": "fc2"}
+        layers |= {"pointwise_conv": "conv1_1", "pointwise_norm": "bn1_1"}
+        return f"fusion/{layers[path[1]]}.{names.LEAVES.get(path[2], path[2])}"
+    name = names.torch_name(network, path[2:])
     if k is not None:
-        name = re.sub("^fc$", f"classfier3_{k + 1}", name)
+        name = re.sub(r"^fc\.", f"classfier3_{k + 1}.", name)
         name = re.sub(r"^layer3\.", f"layer3_{k + 1}.", name)
     return f"net/{name}"
 
@@ -169,11 +161,11 @@ def _load_ffsd(found, network):
     entries = {name: value for name, value in entries.items() if name not in left_out}
     network = network or _recognised(where, _ffsd_network(entries))
     head = "linear.weight" if "linear.weight" in entries else "fc.weight"
-    module = _build(network, tuple(_NAMES), "FFSD", where, entries, head)
+    module = _build(network, _FFSD, "FFSD", where, entries, head)
     method = methods.METHODS["independent"](subnetworks.Stacked(module, num=1), module.num_classes)
 
     def name_of(path, k):
-        return _released_name(type(module), path[2:])
+        return names.torch_name(module, path[2:])
 
     variables = _variables(method, entries, name_of, f"{where}, {network},")
     return Weights("independent", network, 1, 0, module.num_classes, variables, left_out)
@@ -223,94 +215,27 @@ def _build(network, families, source, where, entries, head):
     return module
 
 
-# -- names ---------------------------------------------------------------------------------------------------
-
-
-def _googlenet_name(found):
-    stage, block, branch, layer, number = found.groups()
-    # Convolution, norm and ReLU follow one another in a branch, in the last one after the max pool.
-    position = 3 * (int(number) - 1) + (layer == "norm") + (branch == "4")
-    branch = ("branch1x1", "branch3x3", "branch5x5", "branch_pool")[int(branch) - 1]
-    return f"inception_{'abcde'[int(block)]}{int(stage) + 2}.{branch}.{position}"
-
-
-_BLOCK = (r"stage(\d)_block(\d+)/", r"layer\1.\2.")
-_RESNET = (
-    *(("head", "fc"), ("stem_conv", "conv1"), ("stem_norm", "bn1"), _BLOCK),
-    *(("shortcut_conv", "downsample.0"), ("shortcut_norm", "downsample.1"), ("norm", "bn")),
-)
-# Family -> what to replace, one after another, in the path of a layer of ours to have PyTorch's.
-_NAMES = {
-    ResNetCifar: _RESNET,
-    ResNet: _RESNET,
-    WideResNet: (
-        *(("head", "linear"), ("stem_conv", "conv1"), ("stage3_norm", "bn1"), _BLOCK),
-        *(("shortcut_conv", "shortcut.0"), ("norm", "bn")),
-    ),
-    DenseNet: (
-        *(("head", "fc"), ("stem_conv", "conv1"), ("stage3_norm", "bn"), ("norm", "bn")),
-        *((r"stage(\d)_layer(\d+)/", r"dense\1.\2."), (r"stage2_transition_(\w+)", r"trans1.\g<1>1")),
-        (r"stage3_transition_(\w+)", r"trans2.\g<1>1"),
-    ),
-    GoogLeNet: (
-        *(("head", "linear"), ("stem_conv", "pre_layers.0"), ("stem_norm", "pre_layers.1")),
-        (r"stage(\d)_block(\d)/branch(\d)_(conv|norm)(\d)", _googlenet_name),
-    ),
-}
-
-
-def _released_name(family: type, path: Sequence[str]) -> str:
-    """PyTorch's name of a layer of ours; it counts blocks and layers from 0."""
-    name = re.sub(r"(?<=block|layer)\d+", lambda found: str(int(found[0]) - 1), "/".join(path))
-    for pattern, replacement in _NAMES[family]:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def _variables(method, entries: dict[str, np.ndarray], name_of: Callable, what: str) -> dict:
     """The method's variables from a state dict that has exactly what they are made of.
 
     Args:
       method: whose variables.
       entries: {PyTorch's name: array}.
-      name_of: (path of a layer, k of a branch or None) -> PyTorch's name of the layer.
+      name_of: (path of a variable, k of a branch or None) -> PyTorch's name of it.
       what: the state dict, for errors.
     """
     # Their shapes do not depend on the images' size.
     init = functools.partial(steps.init_variables, method, image_shape=(32, 32, 3))
     params, model_state = jax.eval_shape(init, jax.random.key(0))
-    problems, used = [], set()
-
-    def take(name, shape):
-        used.add(name)
-        axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[len(shape)]  # OIHW -> HWIO, [out, in] -> [in, out]
-        wanted = tuple(shape[axis] for axis in np.argsort(axes))
-        value = entries.get(name)
-        if value is None:
-            problems.append(f"{name} is missing")
-        elif value.shape != wanted or value.dtype.kind != "f":
-            problems.append(f"{name} is {value.dtype}{list(value.shape)}, not float32{list(wanted)}")
-        else:
-            with np.errstate(over="ignore"):
-                value = value.astype(np.float32)
-            if np.isfinite(value).all():
-                return value.transpose(axes)
-            problems.append(f"{name} has values that are infinite or not a number")
-        return np.zeros(shape, np.float32)
+    taken = names.Entries(entries)
 
     def leaf(path, abstract):
-        _, *path, last = (key.key for key in path)
+        _, *path = (key.key for key in path)
         if path[:2] != ["subnetworks", "branches"]:
-            return take(f"{name_of(path, None)}.{_LEAVES[last]}", abstract.shape)
+            return taken.take(name_of(path, None), abstract.shape)
         num, *shape = abstract.shape
-        return np.stack([take(f"{name_of(path, k)}.{_LEAVES[last]}", tuple(shape)) for k in range(num)])
+        return np.stack([taken.take(name_of(path, k), tuple(shape)) for k in range(num)])
 
     variables = jax.tree_util.tree_map_with_path(leaf, {"params": params, **model_state})
-    problems += [f"{name} is unexpected" for name in sorted(entries.keys() - used)]
-    if problems:
-        rest = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise CheckpointError(
-            f"{what} does not fit: {'; '.join(problems[:_LISTED])}{rest}. Take the whole file, or name the "
-            "network with --network."
-        )
+    taken.check(what, "Take the whole file, or name the network with --network.")
     return variables

@@ -125,6 +125,9 @@ def check(config: ConfigDict):
         raise ConfigError(f"config.method.temperature must be > 0, got {values['method.temperature']}.")
     if values.get("method.smoothing", 0) >= 1:
         raise ConfigError("config.method.smoothing is added to probabilities: it must be below 1.")
+    for key in ("dropout", "drop_path"):
+        if config.subnetworks[key] >= 1:
+            raise ConfigError(f"config.subnetworks.{key} must be below 1, got {config.subnetworks[key]}.")
     if config.num_seeds > 1 and config.checkpoint.keep < 2:
         raise ConfigError(
             "config.checkpoint.keep must be at least 2 with several seeds, got 1: a kill may come when some "

@@ -127,9 +127,8 @@ def training_memory(
         def pullback(state, batch):
             def forward(params):
                 variables, mutable = state.variables | {"params": params}, list(state.model_state)
-                outputs, _ = steps.apply(
-                    method, variables, batch["image"], config.precision, train=True, mutable=mutable
-                )
+                settings = {"train": True, "mutable": mutable, "rngs": {"dropout": jax.random.key(0)}}
+                outputs, _ = steps.apply(method, variables, batch["image"], config.precision, **settings)
                 return method.objectives(outputs, batch["label"], jnp.float32(0))[0]
 
             return jax.vjp(forward, state.params)[1]

@@ -58,10 +58,11 @@ def _branch_side(networks, image_shape) -> int:
     """Pixels along the longer side of the maps that the branches begin with."""
     shape = (1, *image_shape)
     if networks.shared_stages:
-        trunk = functools.partial(
-            networks.network.clone(stop=networks.shared_stages).init_with_output, train=False
-        )
-        shape = jax.eval_shape(trunk, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
+        trunk = networks.network.clone(stop=networks.shared_stages)
+        init = functools.partial(trunk.init_with_output, train=False)
+        images = jax.ShapeDtypeStruct(shape, jnp.float32)
+        output, _ = jax.eval_shape(init, jax.random.key(0), images)
+        shape = trunk.feature_map(output).shape
     return max(shape[1:3])
 
 
