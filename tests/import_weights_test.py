@@ -497,7 +497,8 @@ def test_ffl_becomes_a_checkpoint(tmp_path):
     run = checkpoint.load_run(workdir / "checkpoints", 0)
     config = run["config"]
     assert config == files.read_json(workdir / "config.json")
-    assert config["subnetworks"] | {"network": "resnet8", "num": 3, "shared_stages": 2} == config["subnetworks"]
+    networks = {"network": "resnet8", "num": 3, "shared_stages": 2}
+    assert config["subnetworks"] | networks == config["subnetworks"]
     assert (config["method"]["name"], config["method"]["temperature"]) == ("ffl", 4)
     config = config_lib.from_json(config)
     abstract = Experiment(config, data.load(config.data)).abstract_state()

@@ -243,10 +243,3 @@ class Entries:
         if problems:
             rest = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
             raise CheckpointError(f"{what} does not fit: {'; '.join(problems[:_LISTED])}{rest}. {advice}")
-
-
-def paths(tree) -> list[tuple[tuple[str, ...], jax.Array]]:
-    """(path, leaf) of every leaf of nested dictionaries."""
-    return [
-        (tuple(key.key for key in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]

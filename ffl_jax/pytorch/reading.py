@@ -15,15 +15,15 @@ import numpy as np
 from ffl_jax.errors import CheckpointError, ConfigError, FFLError
 
 
-def read(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of a file, {"GROUP/NAME": array}; nothing in it is run."""
+def read(path: str | Path, given: str = "--input") -> dict[str, np.ndarray]:
+    """All arrays of a file, {"GROUP/NAME": array}; nothing in it is run. `given` names it, for errors."""
     path = Path(path)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
     readers |= dict.fromkeys((".pth", ".pt", ".tar"), _read_pytorch)
     if path.suffix not in readers:
-        raise ConfigError(f"--input={path}: give a file that ends in one of {', '.join(readers)}.")
+        raise ConfigError(f"{given}={path}: give a file that ends in one of {', '.join(readers)}.")
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}: name the published weights with --input.")
+        raise CheckpointError(f"there is no file {path}: name the published weights with {given}.")
     try:
         return readers[path.suffix](path)
     except (FFLError, PermissionError):
@@ -84,26 +84,32 @@ def state_dicts(paths: Sequence[str | Path], state: str = "") -> dict[str, dict[
       CheckpointError: a file is missing or damaged.
       ConfigError: a file's ending is not known, PyTorch is needed and missing, or there is no such group.
     """
-    found, groups = {}, set()
+    found, known = {}, set()
     for path in paths:
-        for name, value in read(path).items():
-            group, _, entry = name.rpartition("/")
-            if entry.endswith("num_batches_tracked"):
-                continue
-            groups.add(group)
+        for group, entries in groups(read(path)).items():
+            known.add(group)
             if not state or f"{group}/".startswith(f"{state}/"):
-                found.setdefault(f"{path}:{group}".rstrip(":"), {})[entry] = value
+                found[f"{path}:{group}".rstrip(":")] = entries
     if state and not found:
-        raise ConfigError(f"--state={state}: there is no such group; there are: {', '.join(sorted(groups))}.")
+        raise ConfigError(f"--state={state}: there is no such group; there are: {', '.join(sorted(known))}.")
     # Gradients and moments have names like parameters, but no running statistics.
-    found = {
+    return {
         where: entries
         for where, entries in found.items()
         if any(x.endswith(".running_mean") for x in entries)
     }
-    for where, entries in found.items():
+
+
+def groups(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """{group: {name: array}} of what `read` gives; what only PyTorch counts is left out."""
+    found = {}
+    for name, value in arrays.items():
+        group, _, entry = name.rpartition("/")
+        if not entry.endswith("num_batches_tracked"):
+            found.setdefault(group, {})[entry] = value
+    for group, entries in found.items():
         if all(name.startswith("module.") for name in entries):  # written from within DataParallel
-            found[where] = {name.removeprefix("module."): value for name, value in entries.items()}
+            found[group] = {name.removeprefix("module."): value for name, value in entries.items()}
     return found
 
 

@@ -125,6 +125,18 @@ def check(config: ConfigDict):
         raise ConfigError(f"config.method.temperature must be > 0, got {values['method.temperature']}.")
     if values.get("method.smoothing", 0) >= 1:
         raise ConfigError("config.method.smoothing is added to probabilities: it must be below 1.")
+    for key in ("start", "start_digests"):
+        if not all(isinstance(value, str) for value in config.subnetworks[key]):
+            raise ConfigError(
+                f"config.subnetworks.{key}={config.subnetworks[key]} is read as a number: write ./ before it."
+            )
+    if len(config.subnetworks.start) not in (0, 1, config.subnetworks.num):
+        raise ConfigError(
+            f"config.subnetworks.start names {len(config.subnetworks.start)} files or runs: give one for all "
+            f"{config.subnetworks.num} sub-networks, or one for each."
+        )
+    if len(config.subnetworks.start_digests) not in (0, len(config.subnetworks.start)):
+        raise ConfigError("config.subnetworks.start_digests has one for each of config.subnetworks.start.")
     for key in ("dropout", "drop_path"):
         if config.subnetworks[key] >= 1:
             raise ConfigError(f"config.subnetworks.{key} must be below 1, got {config.subnetworks[key]}.")
@@ -222,7 +234,7 @@ def fixed_part(values: dict) -> dict:
     fixed = {key: value for key, value in values.items() if key not in FREE_KEYS}
     if "teachers" in values:
         fixed["teachers"] = {key: value for key, value in values["teachers"].items() if key != "runs"}
-    free = ("execution", "remat")
+    free = ("execution", "remat", "start")  # the start's digests are not
     fixed["subnetworks"] = {key: value for key, value in values["subnetworks"].items() if key not in free}
     fixed["data"] = {key: value for key, value in values["data"].items() if key not in FREE_DATA_KEYS}
     if values["optimizer"]["schedule"] == "cosine":

@@ -73,6 +73,8 @@ def every_key(method: str) -> ConfigDict:
         "shared_stages": 0,  # stem and that many stages exist once; 0: K separate networks
         "execution": "auto",  # of copies of one network: loop, vmap, or the faster one by measurement
         "remat": False,  # True: less memory, a third more work
+        "start": (),  # weights to begin with, one for all or one for each: docs/finetune.md
+        "start_digests": (),  # filled in by the run
         "dropout": 0.0,  # in training, of transformers
         "drop_path": 0.0,  # stochastic depth in training, of the last block of transformers and ConvNeXts
     }

@@ -14,7 +14,7 @@ from ffl_jax import __version__, methods
 from ffl_jax.data import Dataset, Split, resident
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import optimizers, steps
+from ffl_jax.training import optimizers, start_weights, steps
 from ffl_jax.training import recipe as recipe_lib
 from ffl_jax.workdir import checkpoint
 
@@ -153,8 +153,9 @@ class Experiment:
 
 
 def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
-    """The configuration with what depends on the data filled in: the channels' mean and std."""
+    """The configuration with what depends on the data or the start filled in: the channels' mean and std."""
     config = ConfigDict(config.to_dict())  # a copy at every depth
+    start_weights.resolve(config)
     if not config.data.mean:
         images = dataset.train.images.reshape(-1, 3)
         counts = np.stack([np.bincount(images[:, channel], minlength=256) for channel in range(3)])
@@ -240,6 +241,9 @@ def check_belongs(run: dict, experiment: Experiment, where: Path):
     stored, current = (
         config_lib.fixed_part(values) for values in (run["config"], config_lib.to_json(experiment.config))
     )
+    if experiment.config.subnetworks.start and not current["subnetworks"]["start_digests"]:
+        # It is not there any more, nor needed.
+        current["subnetworks"]["start_digests"] = stored["subnetworks"]["start_digests"]
     change, accepted = _dataset_change(run["dataset"], experiment)
     if change and accepted:
         logging.warning("%s: %s. Going on with it as it is now.", where, change)

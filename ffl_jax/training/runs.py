@@ -16,7 +16,7 @@ from ffl_jax.devices import processes
 from ffl_jax.devices.parallel import Parallel
 from ffl_jax.errors import CheckpointError, NonFiniteError, ResourceError
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import confusion, steps, summary, teachers
+from ffl_jax.training import confusion, start_weights, steps, summary, teachers
 from ffl_jax.training.experiment import Experiment, check_belongs, run_record, stands_still, versions
 from ffl_jax.workdir import checkpoint
 from ffl_jax.workdir.run_folder import RunFolder
@@ -151,6 +151,7 @@ class Runs:
         for run in self:
             state = run.experiment.initial_state()
             if self.writes:
+                state = start_weights.install(state, run.experiment)
                 state = teachers.install(state, run.experiment, run.folder.path)
             states.append(processes.from_first(state))
         return states

@@ -16,7 +16,7 @@ from ffl_jax import methods
 from ffl_jax.data import Dataset, Split, resident
 from ffl_jax.errors import CheckpointError, ConfigError
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import config_file
+from ffl_jax.training import config_file, start_weights
 from ffl_jax.training.defaults import stretch
 from ffl_jax.training.experiment import RUN_FORMAT, Experiment, resolve, stands_still
 from ffl_jax.training.steps import TrainState
@@ -78,6 +78,8 @@ def teacher_config(config: ConfigDict, index: int) -> ConfigDict:
     teacher.subnetworks.network = config_lib.teacher_names(config)[index]
     teacher.subnetworks.num = 1
     teacher.subnetworks.shared_stages = 0
+    # The student's own, which need not suit another network.
+    teacher.subnetworks.update(start=(), start_digests=(), dropout=0.0, drop_path=0.0)
     # Each is one network of one run, which cannot be spread.
     teacher.parallel.update(subnetworks=1, seeds=1)
     if config.teachers.epochs not in (0, config.epochs):
@@ -189,7 +191,7 @@ def _load(folder, prediction, index, experiment) -> dict:
     for key in ("mean", "std"):
         found, wanted = settings.data[key], config.data[key]
         remedy = f"images must be normalised alike, add {flags}."
-        require(f"config.data.{key}", found, wanted, remedy, _close)
+        require(f"config.data.{key}", found, wanted, remedy, start_weights.close)
     if stored["dataset"]["fingerprint"] != dataset.fingerprint:
         logging.warning("Teacher %s was trained on other images than those of this run.", folder)
 
@@ -213,11 +215,6 @@ def _load(folder, prediction, index, experiment) -> dict:
         )
     logging.info("Teacher %d of %d: %s of %s", index + 1, config.teachers.num, prediction, folder)
     return variables
-
-
-def _close(x, y):
-    """Whether means or deviations differ by less than half a grey level, as by rounding or by few images."""
-    return all(abs(a - b) < 0.5 / 255 for a, b in zip(x, y, strict=True))
 
 
 def _command(config: ConfigDict, dataset: Dataset, workdir: Path) -> str:
