@@ -7,11 +7,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import draw_variables
 
 from configs import common
 from ffl_jax import methods
+from ffl_jax.deployment import folding, onnx_operations
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
 from ffl_jax.methods.subnetworks import Mixed, Stacked, build
@@ -222,3 +224,21 @@ def test_methods_take_them(name, network, monkeypatch):
 
     first = jax.eval_shape(state)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(step, first), first)
+
+
+@pytest.mark.parametrize("family", NETS)
+def test_onnx_computes_the_same(family):
+    """The program of an export, for any number of images."""
+    network, variables, _, _ = golden(family, "timm")
+    shape = (*NETS[family][1], 3)
+
+    def logits(variables, images):
+        return network.apply(variables, images.astype(jnp.float32) / 255, train=False).logits
+
+    model = onnx_operations.convert(folding.fold(logits, variables), shape)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for batch in (1, 3):
+        images = np.random.default_rng(batch).integers(256, size=(batch, *shape), dtype=np.uint8)
+        expected = np.asarray(jax.jit(logits)(variables, images))
+        (found,) = session.run(None, {"images": images})
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -164,6 +164,14 @@ class _Operations(Graph):
         either = self.add("Or", [nan.name, infinite.name])
         return Value(self.add("Not", [either]), nan.first)
 
+    def _on_rsqrt(self, equation):
+        root = self._each("Sqrt", equation.invars)
+        return Value(self.add("Reciprocal", [root.name]), root.first)
+
+    def _on_erfc(self, equation):
+        erf, one = self._each("Erf", equation.invars), np.ones((), equation.invars[0].aval.dtype)
+        return Value(self.add("Sub", [self.constant(one), erf.name]), erf.first)
+
     # -- maps ----------------------------------------------------------------------------------------------
 
     def _on_conv_general_dilated(self, equation):
@@ -267,12 +275,14 @@ class _Operations(Graph):
         spread = {axis: n for axis, n in enumerate(shape) if places.get(axis, 1) != n}
         if not spread:
             return aligned
-        if not all(isinstance(n, int) for n in spread.values()):
-            # Over the batch, whose size is not known: only what stands beside whole batches, which spread it.
-            _require(atom.aval.size == 1, equation)
+        sizes = [spread.get(axis, 1) for axis in range(len(shape))]
+        if all(isinstance(n, int) for n in sizes):
+            return Value(self.add("Expand", [aligned.name, self.constant(np.int64(sizes))]))
+        if atom.aval.size == 1:  # whole batches that it stands beside spread it
             return aligned
-        sizes = self.constant(np.int64([spread.get(axis, 1) for axis in range(len(shape))]))
-        return Value(self.add("Expand", [aligned.name, sizes]))
+        batch = self.add("Gather", [self.add("Shape", ["images"]), self.constant(np.int64([0]))])
+        parts = [self.constant(np.int64([n])) if isinstance(n, int) else batch for n in sizes]
+        return Value(self.add("Expand", [aligned.name, self.add("Concat", parts, axis=0)]))
 
     def _on_slice(self, equation):
         (atom,), params = equation.invars, equation.params

@@ -62,7 +62,7 @@ class ViT(Network):
             )
         patches = patch_conv(x, self.width, self.patch, name="stem_conv")
         token = self.param("stem_class_token", SMALL_NORMAL, (1, 1, self.width))
-        tokens = _joined(patches, jnp.broadcast_to(token, (len(x), 1, self.width))[:, 0])
+        tokens = _joined(patches, jnp.broadcast_to(token[0], (x.shape[0], self.width)))
         positions = self.param("stem_positions", SMALL_NORMAL, (1, *tokens.shape[1:]))
         return _divided(Dropout(self.dropout)(tokens + positions, train), patches.shape)
 
@@ -87,13 +87,15 @@ class ViT(Network):
 
 def _joined(feature_map, class_token):
     """[B, H, W, D] and [B, D] -> [B, 1 + HW, D]."""
-    patches = feature_map.reshape(len(feature_map), -1, feature_map.shape[-1])
+    batch, height, width, channels = feature_map.shape  # an export does not know the batch's size
+    patches = feature_map.reshape(batch, height * width, channels)
     return jnp.concatenate([class_token[:, None], patches], axis=1)
 
 
 def _divided(tokens, shape):
     """[B, 1 + HW, D] -> [B, H, W, D] of that shape and [B, D]."""
-    return tokens[:, 1:].reshape(shape), tokens[:, 0]
+    class_token, patches = jnp.split(tokens, [1], axis=1)
+    return patches.reshape(shape), class_token.squeeze(1)
 
 
 class Block(nn.Module):
@@ -132,11 +134,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
-        batch, tokens, width = x.shape
+        *place, width = x.shape
+        heads = (*place, self.heads, width // self.heads)
         joined = nn.Dense(3 * width, kernel_init=SMALL_NORMAL, name="query_key_value")(x)
-        query, key, value = (
-            part.reshape(batch, tokens, self.heads, -1) for part in jnp.split(joined, 3, axis=-1)
-        )
+        query, key, value = (part.reshape(heads) for part in jnp.split(joined, 3, axis=-1))
         scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
         weights = nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
