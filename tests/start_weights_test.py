@@ -107,7 +107,15 @@ def test_heads_stay_apart_where_weights_are_equal(dataset, tmp_path):
         assert after["stage2_norm"]["bias"][1, 3] == WEIGHTS["norm.bias"][3]
 
 
-def test_averages_and_different_networks_begin_with_it(dataset, tmp_path):
+def test_a_file_without_a_head(dataset, tmp_path, caplog):
+    caplog.set_level("INFO")
+    entries = {name: value for name, value in WEIGHTS.items() if not name.startswith("head.")}
+    np.savez(tmp_path / "backbone.npz", **entries)
+    installed(experiment(dataset, [tmp_path / "backbone.npz"], "independent", num=1))
+    assert "its head is drawn anew, for the file has none" in caplog.text
+
+
+def test_averages_begin_with_it(dataset, tmp_path):
     path = write(tmp_path / "vit.safetensors", WEIGHTS)
     variables = installed(experiment(dataset, [path], "pcl"))[1]
     ema = variables["ema"]["params"]["subnetworks"]

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from ffl_jax import methods
 from ffl_jax.deployment import sealing
 from ffl_jax.errors import CheckpointError, ConfigError
+from ffl_jax.models.vit import ViT
 from ffl_jax.pytorch import names, reading
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import optimizers, steps
@@ -30,6 +31,7 @@ from ffl_jax.workdir.paths import expanded
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std that torchvision's weights want
 _KEY = "config.subnetworks.start"
+_HEAD = ("params", "head", "bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,29 +187,34 @@ def _load(start, k, experiment, alone, read) -> dict:
     shapes = jax.eval_shape(functools.partial(network.init, train=False), jax.random.key(0), images)
     shapes = traverse_util.flatten_dict(shapes)
     called, entries, source = _entries(start, network, shapes, read)
-    classes = len(entries.get(called["params", "head", "bias"], ()))
-    anew = ""
-    if classes != method.num_classes:
-        anew = f"that of the file is for {classes} classes, not {method.num_classes}"
-    elif start.class_names not in (None, tuple(experiment.dataset.class_names)):
-        anew = "that of the file is for other classes"
-    elif not alone:
-        anew = "several sub-networks begin with the same weights"
+    anew = _why_head_is_drawn(start, len(entries.get(called.get(_HEAD), ())), experiment, alone)
+    if anew and _HEAD not in shapes:
+        raise ConfigError(f"{_KEY}: {start.place}: {name} has no layer called head that could be drawn anew.")
     taken, loaded = names.Entries(entries, start.own), {}
     for path, leaf in shapes.items():
         if path[1] == "head" and anew:
             taken.leave(called[path])
             continue
-        if path[-1] == "stem_positions":
+        if isinstance(network, ViT) and path[1] == "stem_positions":
             taken.resize_positions(called[path], network.grid(experiment.image_shape))
         loaded[path] = taken.take(called[path], leaf.shape)
     of = config_lib.network_names(experiment.config)[k]
     advice = "Take a file of that network, or set config.subnetworks.network."
     taken.check(f"{_KEY}: {start.place} for {name}, a {of} by the names of {source},", advice)
-    head = f"its head is drawn anew, for {anew}" if anew else "with its head"
+    head = f"its head is drawn anew, for {anew}" if anew else "its head too"
     logging.info("%s starts from %s, %s.", name, start.place, head)
     _tell_normalisation(start, experiment.config.data)
     return loaded
+
+
+def _why_head_is_drawn(start, classes, experiment, alone) -> str:
+    """The reason why a head for so many classes is not taken; empty where it is."""
+    wanted = experiment.method.num_classes
+    if classes != wanted:
+        return f"that of the file is for {classes} classes, not {wanted}" if classes else "the file has none"
+    if start.class_names not in (None, tuple(experiment.dataset.class_names)):
+        return "that of the file is for other classes"
+    return "" if alone else "several sub-networks begin with the same weights"
 
 
 def _tell_normalisation(start, data):
