@@ -128,9 +128,10 @@ def test_cifar_follows_the_published_recipe(module):
     config = module.get_config()
     assert config.epochs == 300
     assert config.batch_size == 128
-    assert config.subnetworks == ml_collections.ConfigDict(
-        {"network": "resnet32", "num": 2, "shared_stages": 2, "execution": "auto", "remat": False}
-    )
+    assert config.subnetworks.to_dict() == {
+        **{"network": "resnet32", "num": 2, "shared_stages": 2, "execution": "auto", "remat": False},
+        **{"start": (), "start_digests": (), "dropout": 0.0, "drop_path": 0.0},
+    }
     assert config.method.to_dict() == {
         "name": "ffl",
         "temperature": 3.0,
@@ -381,6 +382,7 @@ FREE = {
     "data.workers": 3,
     "subnetworks.execution": "loop",
     "subnetworks.remat": True,
+    "subnetworks.start": ("other.safetensors",),
 }
 
 

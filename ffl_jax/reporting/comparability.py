@@ -9,7 +9,7 @@ from ffl_jax.training.config import FREE_DATA_KEYS, FREE_KEYS, flatten
 
 # What does not change the numbers of a run, or has its own column.
 _IGNORED = ("seed", "num_seeds", "subnetworks.network")
-_IGNORED += ("subnetworks.execution", "subnetworks.remat", "teachers.runs")
+_IGNORED += ("subnetworks.execution", "subnetworks.remat", "subnetworks.start", "teachers.runs")
 _IGNORED += tuple(f"data.{key}" for key in FREE_DATA_KEYS)
 # What methods rightly choose for themselves; the seeds of one method must agree in it all the same.
 _OWN = ("method.", "optimizer_rules", "subnetworks.", "teachers.")
