@@ -155,6 +155,16 @@ def test_dropout_and_stochastic_depth():
     assert base.drop_path_rates(0.3, (1, 2, 1)) == [[0.0], [pytest.approx(0.1), pytest.approx(0.2)], [0.3]]
 
 
+@pytest.mark.parametrize("examples", [False, True])
+def test_devices_draw_what_one_would(examples):
+    """Each its own part of what is drawn for the whole batch."""
+    x, layer, rngs = jnp.ones((8, 5)), base.Dropout(0.5, examples), {"dropout": jax.random.key(3)}
+    whole = layer.apply({}, x, True, rngs=rngs)
+    shares = jax.vmap(lambda x: layer.apply({}, x, True, rngs=rngs), axis_name="data")(x.reshape(4, 2, 5))
+    np.testing.assert_array_equal(shares.reshape(8, 5), whole)
+    assert len(np.unique(whole, axis=0)) > 1
+
+
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_sub_networks_draw_apart_and_repeat(vectorize):
     network = VIT.clone(dropout=0.1, drop_path=0.5)
