@@ -125,21 +125,7 @@ def check(config: ConfigDict):
         raise ConfigError(f"config.method.temperature must be > 0, got {values['method.temperature']}.")
     if values.get("method.smoothing", 0) >= 1:
         raise ConfigError("config.method.smoothing is added to probabilities: it must be below 1.")
-    for key in ("start", "start_digests"):
-        if not all(isinstance(value, str) for value in config.subnetworks[key]):
-            raise ConfigError(
-                f"config.subnetworks.{key}={config.subnetworks[key]} is read as a number: write ./ before it."
-            )
-    if len(config.subnetworks.start) not in (0, 1, config.subnetworks.num):
-        raise ConfigError(
-            f"config.subnetworks.start names {len(config.subnetworks.start)} files or runs: give one for all "
-            f"{config.subnetworks.num} sub-networks, or one for each."
-        )
-    if len(config.subnetworks.start_digests) not in (0, len(config.subnetworks.start)):
-        raise ConfigError("config.subnetworks.start_digests has one for each of config.subnetworks.start.")
-    for key in ("dropout", "drop_path"):
-        if config.subnetworks[key] >= 1:
-            raise ConfigError(f"config.subnetworks.{key} must be below 1, got {config.subnetworks[key]}.")
+    _check_start(config.subnetworks)
     if config.num_seeds > 1 and config.checkpoint.keep < 2:
         raise ConfigError(
             "config.checkpoint.keep must be at least 2 with several seeds, got 1: a kill may come when some "
@@ -173,6 +159,25 @@ def _check_data(data: ConfigDict):
     if data.erasing > 1:
         raise ConfigError(f"config.data.erasing is a probability: it must be in 0..1, got {data.erasing}.")
     check_choice("config.data.sampling", data.sampling, SAMPLINGS)
+
+
+def _check_start(section: ConfigDict):
+    """Refuses what sub-networks cannot start from, and rates at which nothing of them is left."""
+    for key in ("start", "start_digests"):
+        if not all(isinstance(value, str) for value in section[key]):
+            raise ConfigError(
+                f"config.subnetworks.{key}={section[key]} is read as a number: write ./ before it."
+            )
+    if len(section.start) not in (0, 1, section.num):
+        raise ConfigError(
+            f"config.subnetworks.start names {len(section.start)} files or runs: give one for all "
+            f"{section.num} sub-networks, or one for each."
+        )
+    if len(section.start_digests) not in (0, len(section.start)):
+        raise ConfigError("config.subnetworks.start_digests has one for each of config.subnetworks.start.")
+    for key in ("dropout", "drop_path"):
+        if section[key] >= 1:
+            raise ConfigError(f"config.subnetworks.{key} must be below 1, got {section[key]}.")
 
 
 def _check_channels(key: str, values: tuple, least: float):
