@@ -11,13 +11,13 @@ from safetensors.numpy import save, save_file
 
 from configs import digits as digits_config
 from ffl_jax import data
-from ffl_jax.deployment import sealing
 from ffl_jax.errors import CheckpointError, ConfigError
 from ffl_jax.models import NETWORKS, vit
 from ffl_jax.pytorch import names
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import start_weights
 from ffl_jax.training.experiment import Experiment, check_belongs, run_record
+from ffl_jax.workdir import sealing
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "vit_convnext.npz")
 PREFIX = "vit/timm/weights/"

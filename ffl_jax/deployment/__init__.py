@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ffl_jax.data import crops, images, limits
-from ffl_jax.deployment import sealing
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError, FFLError, ResourceError
+from ffl_jax.workdir import sealing
 
 # What `pip install` must be given to read a file, beside numpy and pillow.
 FORMATS = {

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 from ffl_jax.deployment import card as cards
-from ffl_jax.deployment import sealing
 from ffl_jax.errors import CheckpointError
+from ffl_jax.workdir import sealing
 
 OPSETS = range(13, 24)  # that were tried
 _TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}

@@ -11,8 +11,9 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from ffl_jax.deployment import card as cards
-from ffl_jax.deployment import jax_device, predictor, sealing
+from ffl_jax.deployment import jax_device, predictor
 from ffl_jax.errors import CheckpointError, ConfigError
+from ffl_jax.workdir import sealing
 
 _MAX_HEADER = 2**25  # bytes
 

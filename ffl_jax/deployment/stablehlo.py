@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 
 from ffl_jax.deployment import card as cards
-from ffl_jax.deployment import jax_device, sealing
+from ffl_jax.deployment import jax_device
 from ffl_jax.errors import CheckpointError
+from ffl_jax.workdir import sealing
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 

@@ -234,7 +234,9 @@ class Parallel:
         Of a `BATCH`, each process gives its own contiguous part, a multiple of its shares; of all else every
         process gives the same.
         """
-        return jax.tree.map(functools.partial(self._put, kind), tree, self._specs(tree, kind))
+        # Donated memory must be nobody else's, and `device_put` shares it where it can.
+        given = tree if kind == BATCH else _own(tree, self.mode == "pmap")
+        return jax.tree.map(functools.partial(self._put, kind), given, self._specs(tree, kind))
 
     def fetch(self, tree):
         """What `place` was given, or a program gave, as arrays of their own on one device of this process."""
@@ -349,17 +351,23 @@ class Parallel:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             data = self._put(kind, jax.random.key_data(x), spec)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        # Donated memory must be nobody else's; nothing is compiled for this, shape by shape.
         if pmap:  # which wants the copies along a leading axis
-            x = np.asarray(x)[None]
-            copies = [jax.device_put(x, device, may_alias=False) for device in self.devices]
+            copies = [jax.device_put(x, device) for device in self.devices]
             shape = (len(copies), *x.shape[1:])
             return jax.make_array_from_single_device_arrays(shape, sharding, copies)
         if jax.process_count() == 1:
-            return jax.device_put(x, sharding, may_alias=False)
+            return jax.device_put(x, sharding)
         # Every process gives all of it, and JAX takes what its devices hold.
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index]))
+
+
+def _own(tree, with_axis: bool):
+    """Its arrays in memory of their own, on one device, if so with a leading axis of one."""
+    leaves, structure = jax.tree.flatten(tree)
+    copies = iter(_copies([x for x in leaves if isinstance(x, jax.Array)], with_axis))
+    host = (lambda x: jnp.array(x[None])) if with_axis else jnp.array
+    return structure.unflatten([next(copies) if isinstance(x, jax.Array) else host(x) for x in leaves])
 
 
 # Of whole trees: leaf by leaf they would be a program for each shape.
@@ -368,9 +376,9 @@ def _first(tree):
     return jax.tree.map(lambda x: x[0], tree)
 
 
-@jax.jit
-def _copies(tree):
-    return jax.tree.map(jnp.copy, tree)
+@functools.partial(jax.jit, static_argnums=1)
+def _copies(tree, with_axis=False):
+    return jax.tree.map(lambda x: jnp.copy(x)[None] if with_axis else jnp.copy(x), tree)
 
 
 @jax.jit

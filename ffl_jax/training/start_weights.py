@@ -20,13 +20,12 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from ffl_jax import methods
-from ffl_jax.deployment import sealing
 from ffl_jax.errors import CheckpointError, ConfigError
 from ffl_jax.models.vit import ViT
 from ffl_jax.pytorch import names, reading
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import optimizers, steps
-from ffl_jax.workdir import checkpoint
+from ffl_jax.workdir import checkpoint, sealing
 from ffl_jax.workdir.paths import expanded
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std that torchvision's weights want

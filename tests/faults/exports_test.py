@@ -22,9 +22,10 @@ from PIL import Image
 from configs import digits
 from ffl_jax import deployment, predict
 from ffl_jax.deployment import card as cards
-from ffl_jax.deployment import huggingface, predictor, safetensors, sealing
+from ffl_jax.deployment import huggingface, predictor, safetensors
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError, FFLError, ResourceError
 from ffl_jax.methods import METHODS
+from ffl_jax.workdir import sealing
 
 FLIPS, CARDS = (500, 2000) if os.environ.get("FFL_LONG_FAULTS") else (15, 30)
 CARD = {
@@ -39,6 +40,7 @@ CARD = {
     "image_size": [8, 8],
     "channels": "RGB",
     "crop": "pad",
+    "max_value": 65535,
     "mean": [0.4, 0.5, 0.6],
     "std": [0.2, 0.25, 0.3],
     "parameters": 77587,
@@ -388,6 +390,7 @@ VALUES = [
     ),
     *(("std", value) for value in ([0, 1, 1], [-1, 1, 1], [58, 57, 57], [float("inf")] * 3, None)),
     *(("crop", value) for value in ("none", None, ["pad"])),
+    *(("max_value", value) for value in (0, -1, 255.5, "65535", None)),
     *(("architecture", value) for value in ({}, [], None, {"network": "resnet8"})),
     ("architecture", {"network": 8, "num_classes": 3}),
     ("architecture", {"method": {"name": "dml"}, "subnetworks": {"num": 10**9}, "num_classes": 3}),
