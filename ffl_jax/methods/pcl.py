@@ -124,8 +124,13 @@ class PCL(Method):
     def after_step(self, params, model_state, step):
         decay = jnp.minimum(1 - 1 / (step + 1), self.ema_decay)
 
+        def mean(old, new):
+            between = decay * old + (1 - decay) * new
+            # The mean of two equal numbers may be rounded; what is kept, or frozen, stays to the bit.
+            return jnp.where(old == new, old, between) if self.subnetworks.statistics == "kept" else between
+
         def average(old, new):
-            return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, old, new)
+            return jax.tree.map(mean, old, new)
 
         ema = {**model_state["ema"], "params": average(model_state["ema"]["params"], params)}
         if self.average_statistics and "batch_stats" in ema:

@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from ffl_jax.devices import parallel
 from ffl_jax.errors import ConfigError
 from ffl_jax.models import NETWORKS, Network, NetworkOutputs
+from ffl_jax.models.base import KEPT
+from ffl_jax.registry import check_choice
+
+# Of batch norm in training: taken from each batch, and remembered; or the running ones, which stay.
+STATISTICS = ("adapted", "kept")
 
 
 class Stacked(nn.Module):
@@ -21,6 +26,7 @@ class Stacked(nn.Module):
       vectorize: run the branches by `vmap` instead of one after another; variables and results are the same.
         A vmapped convolution is a grouped one: fit for accelerators, on a CPU for the smallest maps only.
       remat: keep nothing of trunk and branches between forward and backward pass, but compute it anew.
+      statistics: one of `STATISTICS`.
     """
 
     network: Network
@@ -28,6 +34,7 @@ class Stacked(nn.Module):
     shared_stages: int = 0
     vectorize: bool = False
     remat: bool = False
+    statistics: str = "adapted"
 
     are_copies: ClassVar[bool] = True
 
@@ -53,7 +60,7 @@ class Stacked(nn.Module):
           train: use and update batch statistics.
           trunk_gradient: what the gradient is multiplied by on its way from the branches to the trunk.
         """
-        x, views = images, images.ndim == 5
+        x, views, train = images, images.ndim == 5, _mode(self, train)
         trunk_map = None
         if self.shared_stages:
             trunk = self.network.clone(stop=self.shared_stages, parent=self, name="trunk")
@@ -131,10 +138,12 @@ class Mixed(nn.Module):
     Attributes:
       networks: in order.
       remat: keep nothing of them between forward and backward pass, but compute it anew.
+      statistics: one of `STATISTICS`.
     """
 
     networks: tuple[Network, ...]
     remat: bool = False
+    statistics: str = "adapted"
 
     shared_stages: ClassVar[int] = 0
     vectorize: ClassVar[bool] = False
@@ -146,7 +155,7 @@ class Mixed(nn.Module):
 
     def __call__(self, images: jax.Array, train: bool) -> tuple[NetworkOutputs, ...]:
         """[B, H, W, 3], or a view for each [K, B, H, W, 3] -> the outputs of the K sub-networks, in order."""
-        views = images if images.ndim == 5 else [images] * self.num
+        views, train = images if images.ndim == 5 else [images] * self.num, _mode(self, train)
         outputs = tuple(
             _run(network, view, train, self.remat) for network, view in zip(self.networks, views, strict=True)
         )
@@ -160,6 +169,11 @@ class Mixed(nn.Module):
         """The variables of `member(k)`, taken from those of this module."""
         name = f"networks_{k}"
         return {kind: tree[name] for kind, tree in variables.items() if name in tree}
+
+
+def _mode(module, train):
+    """What the networks of `Stacked` or `Mixed` get for `train`."""
+    return KEPT if train and module.statistics == "kept" else train
 
 
 def _plain(network):
@@ -216,12 +230,14 @@ def build(
     remat: bool = False,
     dropout: float = 0.0,
     drop_path: float = 0.0,
+    statistics: str = "adapted",
 ) -> Stacked | Mixed:
     """`Stacked` where all names in `network` ("resnet32", "resnet20+resnet32") are the same, else `Mixed`.
 
     Of `dropout` and `drop_path` each network takes what it has; one that none of them has must be 0.
     """
     names = network_names(network, num)
+    check_choice("config.subnetworks.statistics", statistics, STATISTICS)
     networks, rates = [NETWORKS.lookup(name)(num_classes) for name in names], {}
     for key, rate in {"dropout": dropout, "drop_path": drop_path}.items():
         if rate and not any(key in one.drops for one in networks):
@@ -229,10 +245,10 @@ def build(
         rates[key] = rate
     networks = [one.clone(**{key: rates[key] for key in one.drops}) for one in networks]
     if len(set(names)) == 1:
-        return Stacked(networks[0], num, shared_stages, vectorize, remat)
+        return Stacked(networks[0], num, shared_stages, vectorize, remat, statistics)
     if shared_stages:
         raise ConfigError(
             f"different networks ({network}) cannot share a trunk: set config.subnetworks.shared_stages=0, "
             f"got {shared_stages}."
         )
-    return Mixed(tuple(networks), remat)
+    return Mixed(tuple(networks), remat, statistics)

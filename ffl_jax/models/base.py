@@ -24,6 +24,8 @@ FAN_IN = initializers.variance_scaling(2.0, "fan_in", "normal")
 UNIFORM = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 # What the weights of transformers and ConvNeXts start from; timm cuts it off at 100 deviations.
 SMALL_NORMAL = initializers.normal(0.02)
+# `train` of a network that is trained by the batch statistics that it has: true, but not for `batch_norm`.
+KEPT = "kept"
 
 
 @flax.struct.dataclass
@@ -229,14 +231,15 @@ def biased_conv(
     return conv(features, kernel, stride, name=name, bias_init=uniform(kernel**2 * x.shape[-1]))(x)
 
 
-def batch_norm(train: bool, name: str | None = None, momentum: float = 0.9) -> nn.BatchNorm:
+def batch_norm(train: bool | str, name: str | None = None, momentum: float = 0.9) -> nn.BatchNorm:
     """Batch normalisation with PyTorch's defaults, its statistics taken over the batches of all devices.
 
     The running variance is the biased one, as always in Flax; PyTorch's is larger by M / (M - 1). `momentum`
-    is the weight of the old statistics; PyTorch's is that of the new ones.
+    is the weight of the old statistics; PyTorch's is that of the new ones. Where `train` is `KEPT`, the
+    running ones are used and stay.
     """
     return nn.BatchNorm(
-        use_running_average=not train,
+        use_running_average=not train or train == KEPT,
         momentum=momentum,
         epsilon=1e-5,
         axis_name=parallel.axis_name(),

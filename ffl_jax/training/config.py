@@ -175,6 +175,11 @@ def _check_start(section: ConfigDict):
         )
     if len(section.start_digests) not in (0, len(section.start)):
         raise ConfigError("config.subnetworks.start_digests has one for each of config.subnetworks.start.")
+    if section.statistics != "adapted" and not section.start:
+        raise ConfigError(
+            f"config.subnetworks.statistics={section.statistics} holds what sub-networks start from: name "
+            "it by config.subnetworks.start, or set it to adapted."
+        )
     for key in ("dropout", "drop_path"):
         if section[key] >= 1:
             raise ConfigError(f"config.subnetworks.{key} must be below 1, got {section[key]}.")

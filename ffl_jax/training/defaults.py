@@ -75,6 +75,7 @@ def every_key(method: str) -> ConfigDict:
         "remat": False,  # True: less memory, a third more work
         "start": (),  # weights to begin with, one for all or one for each: docs/finetune.md
         "start_digests": (),  # filled in by the run
+        "statistics": "adapted",  # of the start's batch norms; or kept: they are used in training, and stay
         "dropout": 0.0,  # in training, of transformers
         "drop_path": 0.0,  # stochastic depth in training, of the last block of transformers and ConvNeXts
     }
