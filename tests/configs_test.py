@@ -130,7 +130,8 @@ def test_cifar_follows_the_published_recipe(module):
     assert config.batch_size == 128
     assert config.subnetworks.to_dict() == {
         **{"network": "resnet32", "num": 2, "shared_stages": 2, "execution": "auto", "remat": False},
-        **{"start": (), "start_digests": (), "dropout": 0.0, "drop_path": 0.0},
+        **{"start": (), "start_digests": (), "freeze_epochs": 0.0, "statistics": "adapted"},
+            **{"dropout": 0.0, "drop_path": 0.0},
     }
     assert config.method.to_dict() == {
         "name": "ffl",

@@ -211,10 +211,16 @@ def test_published_schedule():
         ({}, 200, "0.1, times 0.1 at each of epochs [150]; decay_epochs [225] lie behind the end at 200"),
         ({}, 30, "0.1, and never falls; decay_epochs [150, 225] lie behind the end at 30"),
         ({"schedule": "cosine", "warmup_epochs": 5.0}, 30, "0.1, reached at epoch 5, cosine until epoch 30"),
+        (
+            {"schedule": "constant", "layer_decay": 0.75},
+            30,
+            "0.1, times 0.75 for each block below the head, constant until epoch 30",
+        ),
     ],
 )
 def test_the_course_of_the_rate_is_told(settings, epochs, text):
     start = {"learning_rate": 0.1, "schedule": "step", "decay_epochs": (150, 225), "decay_factor": 0.1}
+    start |= {"layer_decay": 1.0}
     assert optimizers.course(start | {"warmup_epochs": 0.0} | settings, epochs) == text
 
 
@@ -265,6 +271,7 @@ def test_the_rate_moves_with_the_steps_of_a_run():
         ("beta1", [-0.1, 1.0], r"in \[0, 1\)"),
         ("beta2", [-0.1, 1.0], r"in \[0, 1\)"),
         ("decay_factor", [0.0, -1.0, 1.5], r"in \(0, 1\]"),
+        ("layer_decay", [0.0, -1.0, 1.5], r"in \(0, 1\]"),
         ("decay_epochs", [(225, 150), (150, 150), (0, 10), (-1,)], "increasing and after the warm-up"),
     ],
 )

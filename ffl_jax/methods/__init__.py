@@ -57,7 +57,7 @@ def build(config, num_classes: int) -> Method:
         )
     networks = dict(config.subnetworks)
     execution = networks.pop("execution")
-    for key in ("start", "start_digests"):  # says nothing of what is built
+    for key in ("start", "start_digests", "freeze_epochs"):  # says nothing of what is built
         networks.pop(key, None)
     check_choice("config.subnetworks.execution", execution, EXECUTIONS)
     networks = subnetworks.build(num_classes=num_classes, vectorize=execution == "vmap", **networks)

@@ -126,6 +126,11 @@ def check(config: ConfigDict):
     if values.get("method.smoothing", 0) >= 1:
         raise ConfigError("config.method.smoothing is added to probabilities: it must be below 1.")
     _check_start(config.subnetworks)
+    if config.subnetworks.freeze_epochs >= config.epochs:
+        raise ConfigError(
+            f"config.subnetworks.freeze_epochs={config.subnetworks.freeze_epochs:g} of {config.epochs} "
+            "epochs would freeze the sub-networks for ever: set it to less, or train for longer."
+        )
     if config.num_seeds > 1 and config.checkpoint.keep < 2:
         raise ConfigError(
             "config.checkpoint.keep must be at least 2 with several seeds, got 1: a kill may come when some "
@@ -175,11 +180,12 @@ def _check_start(section: ConfigDict):
         )
     if len(section.start_digests) not in (0, len(section.start)):
         raise ConfigError("config.subnetworks.start_digests has one for each of config.subnetworks.start.")
-    if section.statistics != "adapted" and not section.start:
-        raise ConfigError(
-            f"config.subnetworks.statistics={section.statistics} holds what sub-networks start from: name "
-            "it by config.subnetworks.start, or set it to adapted."
-        )
+    for key, usual in (("freeze_epochs", 0), ("statistics", "adapted")):
+        if section[key] != usual and not section.start:
+            raise ConfigError(
+                f"config.subnetworks.{key}={section[key]} holds what sub-networks start from: name it by "
+                f"config.subnetworks.start, or set it to {usual}."
+            )
     for key in ("dropout", "drop_path"):
         if section[key] >= 1:
             raise ConfigError(f"config.subnetworks.{key} must be below 1, got {section[key]}.")

@@ -75,6 +75,7 @@ def every_key(method: str) -> ConfigDict:
         "remat": False,  # True: less memory, a third more work
         "start": (),  # weights to begin with, one for all or one for each: docs/finetune.md
         "start_digests": (),  # filled in by the run
+        "freeze_epochs": 0.0,  # for so long all of the start but the heads stays as it is
         "statistics": "adapted",  # of the start's batch norms; or kept: they are used in training, and stay
         "dropout": 0.0,  # in training, of transformers
         "drop_path": 0.0,  # stochastic depth in training, of the last block of transformers and ConvNeXts
@@ -118,6 +119,7 @@ def _optimizer_keys() -> dict:
         "nesterov": True,
         "beta1": 0.9,
         "beta2": 0.999,
+        "layer_decay": 1.0,  # the rate of each block is that of the next one, or of the head, times this
         "clip_norm": 0.0,  # an objective's gradient is scaled down to this norm; 0: never
         "schedule": "step",  # or cosine, constant
         "decay_epochs": (150, 225),

@@ -30,6 +30,7 @@ class Experiment:
       image_shape: (H, W, 3).
       method: a `Method`.
       steps_per_epoch: batches that cover the training split.
+      freeze_steps: the first so many hold the sub-networks, but for their heads.
       optimizers: {objective: its `Optimizer`}.
       recipe: a `Recipe`, or None where a batch stays as it is.
     """
@@ -61,6 +62,12 @@ class Experiment:
             raise ConfigError(
                 f"config.epochs={config.epochs} takes {self.total_steps} steps; they must be below 2^31."
             )
+        self.freeze_steps = optimizers.freeze_steps(config, self.steps_per_epoch)
+        if self.freeze_steps >= self.total_steps:
+            raise ConfigError(
+                f"config.subnetworks.freeze_epochs={config.subnetworks.freeze_epochs:g} is all of the run's "
+                f"{self.total_steps} steps: set it to less, or train for longer."
+            )
         self.recipe = recipe_lib.make(config, dataset)
         params, _ = self._abstract_variables
         self.optimizers = optimizers.make_optimizers(
@@ -70,6 +77,7 @@ class Experiment:
             config.optimizer_rules,
             self.steps_per_epoch,
             config.epochs,
+            self.freeze_steps,
         )
 
     def of_seed(self, seed: int) -> "Experiment":
@@ -124,6 +132,7 @@ class Experiment:
             precision=self.config.precision,
             accumulate=self.config.accumulate,
             recipe=self.recipe,
+            freeze_steps=self.freeze_steps,
         )
 
     def abstract_batch(self, shares: int = 1) -> dict:
@@ -172,11 +181,15 @@ def stands_still(config: ConfigDict, steps_per_epoch: int, best: dict | None, ev
     """Whether a run was not better than at its best in `config.evaluation.patience` evaluations since.
 
     Known from what a checkpoint tells, so that a run that continues is judged as one that never stopped.
+    While sub-networks are frozen none stands still.
 
     Args: best, evaluated_step: see `runs.Run`.
     """
     patience = config.evaluation.patience * config.evaluation.every_epochs * steps_per_epoch
-    return patience > 0 and best is not None and evaluated_step - best["step"] >= patience
+    if not patience or best is None:
+        return False
+    since = max(best["step"], optimizers.freeze_steps(config, steps_per_epoch))
+    return evaluated_step - since >= patience
 
 
 def run_record(experiment: Experiment, devices: int = 1, **about) -> dict:

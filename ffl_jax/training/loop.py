@@ -18,7 +18,16 @@ from ffl_jax.devices.parallel import Parallel
 from ffl_jax.errors import NonFiniteError
 from ffl_jax.methods.base import KNOWLEDGE
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import cost, metrics, optimizers, programs, steps, teachers, vectorize
+from ffl_jax.training import (
+    cost,
+    metrics,
+    optimizers,
+    programs,
+    start_weights,
+    steps,
+    teachers,
+    vectorize,
+)
 from ffl_jax.training.experiment import Experiment
 from ffl_jax.training.runs import Run, Runs
 from ffl_jax.training.scoring import Evaluator
@@ -82,6 +91,8 @@ def train(
         if processes.is_first():
             runs.check_space()
         logging.info("Learning rate: %s", optimizers.course(config.optimizer, config.epochs))
+        for text in start_weights.told(experiment):
+            logging.info(text)
         cost.tell_memory(experiment, parallel)
         return Loop(runs, parallel, step, locks, tell).train(states)
 

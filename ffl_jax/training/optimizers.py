@@ -10,11 +10,13 @@ import optax
 
 from ffl_jax.devices import parallel
 from ffl_jax.errors import ConfigError
+from ffl_jax.methods import subnetworks
 from ffl_jax.registry import nearest
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
 SCHEDULES = ("step", "cosine", "constant")
-_RATE = ("learning_rate", "schedule", "decay_epochs", "decay_factor", "warmup_epochs")  # what makes a rate
+# What makes a rate.
+_RATE = ("learning_rate", "layer_decay", "schedule", "decay_epochs", "decay_factor", "warmup_epochs")
 
 
 class Optimizer(NamedTuple):
@@ -23,7 +25,9 @@ class Optimizer(NamedTuple):
     Attributes:
       init, update: see there.
       rates: {name: step -> learning rate}. "" is that of the parameters that no rule names, or that the last
-        of the rules does where they name all; "/rule_N" that of the rule number N, where it has its own.
+        of the rules does where they name all; "/rule_N" that of the rule number N, where it has its own. With
+        `layer_decay` these are of heads and modules, and "/depth_N" and "/rule_N/depth_N" those of the
+        layers that are so far from the head.
       trained: a tree like the parameters that says of each whether it moves.
     """
 
@@ -59,13 +63,35 @@ def learning_rate_schedule(settings: Mapping, steps_per_epoch: int, epochs: int)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), schedule], [warmup])
 
 
-def optimizer(settings: Mapping, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:
+def freeze_steps(config, steps_per_epoch: int) -> int:
+    """How many steps `config.subnetworks.freeze_epochs` are; one at least, if it is not 0."""
+    epochs = config.subnetworks.freeze_epochs
+    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
+
+
+def optimizer(
+    settings: Mapping, steps_per_epoch: int, epochs: int, first: int = 0
+) -> optax.GradientTransformation:
     """One of `OPTIMIZERS`.
 
     SGD with momentum and Adam have the weight decay added to the gradient first, as in PyTorch. AdamW, which
     does not scale it (Loshchilov & Hutter, 2019), and LAMB (You et al., 2020) have it added to the step.
+
+    Args:
+      settings: see `learning_rate_schedule`, and the keys that are read here.
+      steps_per_epoch, epochs: for the schedule.
+      first: the step before which nothing moves: no decay is added, moments stay 0, and are then corrected
+        as in a run that begins there; the schedule alone counts from the beginning of this run.
     """
-    schedule, name = learning_rate_schedule(settings, steps_per_epoch, epochs), settings["name"]
+    schedule = learning_rate_schedule(settings, steps_per_epoch, epochs)
+    if first:
+        late = _optimizer(settings, lambda step: schedule(step + first))
+        return optax.transforms.conditionally_mask(late, lambda step: step >= first)
+    return _optimizer(settings, schedule)
+
+
+def _optimizer(settings, schedule):
+    name = settings["name"]
     decay = optax.add_decayed_weights(settings["weight_decay"])
     betas = {"b1": settings["beta1"], "b2": settings["beta2"]}
     if name == "sgd":
@@ -107,6 +133,8 @@ def _clip(norm: float, is_trained) -> optax.GradientTransformation:
 def course(settings: Mapping, epochs: int) -> str:
     """How the learning rate goes over a run of so many epochs, in words; also what of it has no effect."""
     text = f"{settings['learning_rate']:g}"
+    if settings["layer_decay"] != 1:
+        text += f", times {settings['layer_decay']:g} for each block below the head"
     if settings["warmup_epochs"]:
         text += f", reached at epoch {settings['warmup_epochs']:g}"
     if settings["schedule"] != "step":
@@ -137,7 +165,8 @@ def check_settings(settings: Mapping, where: str):
         require(key, "a finite number >= 0", lambda x: 0 <= x < float("inf"))
     for key in ("momentum", "beta1", "beta2"):
         require(key, "in [0, 1)", lambda x: 0 <= x < 1)
-    require("decay_factor", "in (0, 1]", lambda x: 0 < x <= 1)
+    for key in ("decay_factor", "layer_decay"):
+        require(key, "in (0, 1]", lambda x: 0 < x <= 1)
     require(
         "decay_epochs",
         "increasing and after the warm-up",
@@ -174,7 +203,13 @@ def merge_rules(default: Mapping, rules: Sequence) -> list[tuple[str, dict]]:
 
 
 def make_optimizers(
-    trains: Mapping[str, str], params, default: Mapping, rules: Sequence, steps_per_epoch: int, epochs: int
+    trains: Mapping[str, str],
+    params,
+    default: Mapping,
+    rules: Sequence,
+    steps_per_epoch: int,
+    epochs: int,
+    freeze_steps: int = 0,
 ) -> dict[str, Optimizer]:
     """{objective: its optimiser}.
 
@@ -185,36 +220,33 @@ def make_optimizers(
       default: settings of an optimiser, see `optimizer` and `learning_rate_schedule`.
       rules: pairs (regex, overrides); the first to match "objective/parameter/path" in full counts.
       steps_per_epoch, epochs: for the schedules.
+      freeze_steps: for so long sub-networks but their heads stay as they are, see `optimizer`.
 
     Raises:
-      ConfigError: a setting is unknown or out of its domain, or a rule matches no parameter.
+      ConfigError: a setting is unknown or out of its domain, a rule matches no parameter, or layers cannot be
+        counted.
     """
     table = merge_rules(default, rules)
     unused = set(range(len(rules)))
+    decays = any(settings["layer_decay"] != 1 for _, settings in table)
+    depths = subnetworks.depths(params) if decays else jax.tree.map(lambda _: 0, params)
+    held = subnetworks.body(params) if freeze_steps else jax.tree.map(lambda _: False, params)
     optimizers = {}
     for objective, trained in trains.items():
-
-        def label(path, _, objective=objective, trained=trained):
-            path = "/".join(key.key for key in path)
-            if not re.fullmatch(trained, path):
-                return "frozen"
-            index = next(i for i, (rule, _) in enumerate(table) if re.fullmatch(rule, f"{objective}/{path}"))
-            unused.discard(index)
-            return str(index)
-
-        labels = jax.tree_util.tree_map_with_path(label, params)
+        labels, kinds = _labels(objective, trained, table, depths, held)
+        unused -= {index for index, _, _ in kinds.values()}
         groups = {
-            name: optax.set_to_zero()
-            if name == "frozen"
-            else optimizer(table[int(name)][1], steps_per_epoch, epochs)
-            for name in sorted(set(jax.tree.leaves(labels)))
+            name: optimizer(_at(table, *place), steps_per_epoch, epochs, freeze_steps if held else 0)
+            for name, (*place, held) in kinds.items()
         }
-        used = sorted(int(name) for name in groups if name != "frozen") or [len(rules)]
+        trained = jax.tree.map(lambda name: name != "frozen", labels)
+        if not all(jax.tree.leaves(trained)):
+            groups["frozen"] = optax.set_to_zero()
+        used = {(index, depth) for index, depth, _ in kinds.values()} or {(len(rules), 0)}
         rates = {
             name: learning_rate_schedule(settings, steps_per_epoch, epochs)
             for name, settings in _rates(table, used).items()
         }
-        trained = jax.tree.map(lambda name: name != "frozen", labels)
         whole = optax.multi_transform(groups, labels)
         if default["clip_norm"]:
             whole = optax.chain(_clip(default["clip_norm"], trained), whole)
@@ -227,11 +259,37 @@ def make_optimizers(
     return optimizers
 
 
-def _rates(table, used: Sequence[int]) -> dict[str, dict]:
-    """{name: settings} of `Optimizer.rates`, from the rows of a table that an objective uses, ascending."""
-    *others, last = used
-    rates = {"": table[last][1]}
-    for index in others:
-        if any(table[index][1][key] != rates[""][key] for key in _RATE):
-            rates[f"/rule_{index}"] = table[index][1]
-    return rates
+def _labels(objective: str, trained: str, table, depths, held) -> tuple[Any, dict[str, tuple]]:
+    """(a tree of labels like the parameters, {label: (rule, depth, whether it is held at first)}).
+
+    Args: trained, table: see `make_optimizers`. depths, held: trees like the parameters.
+    """
+    kinds = {}
+
+    def label(path, depth, held):
+        path = "/".join(key.key for key in path)
+        if not re.fullmatch(trained, path):
+            return "frozen"
+        index = next(i for i, (rule, _) in enumerate(table) if re.fullmatch(rule, f"{objective}/{path}"))
+        depth = depth if table[index][1]["layer_decay"] != 1 else 0
+        name = f"{index}{f'_{depth}' if depth else ''}{'_held' if held else ''}"
+        kinds[name] = index, depth, held
+        return name
+
+    return jax.tree_util.tree_map_with_path(label, depths, held), kinds
+
+
+def _at(table, index: int, depth: int) -> dict:
+    """The settings of a rule so far from the head."""
+    settings = table[index][1]
+    return {**settings, "learning_rate": settings["learning_rate"] * settings["layer_decay"] ** depth}
+
+
+def _rates(table, used: set[tuple[int, int]]) -> dict[str, dict]:
+    """{name: settings} of `Optimizer.rates`, from the (rule, depth) that an objective uses."""
+    last, rates = table[max(used)[0]][1], {}
+    for index, depth in used:
+        has_own = any(table[index][1][key] != last[key] for key in _RATE)
+        rule = f"/rule_{index}" if has_own else ""
+        rates[f"{rule}{f'/depth_{depth}' if depth else ''}"] = _at(table, index, depth)
+    return dict(sorted(rates.items()))

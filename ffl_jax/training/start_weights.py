@@ -178,6 +178,24 @@ def install(state: steps.TrainState, experiment) -> steps.TrainState:
     return state.replace(params=variables.pop("params"), model_state=variables)
 
 
+def told(experiment) -> list[str]:
+    """What is said at the beginning of how the start is trained."""
+    section, frozen, said = experiment.config.subnetworks, experiment.freeze_steps, []
+    if frozen:
+        said += [
+            f"Until epoch {section.freeze_epochs:g}, step {frozen}, sub-networks stay as they start, but for "
+            "their heads; learning rates and ramps count on meanwhile."
+        ]
+    if section.statistics == "kept":
+        found = "subnetworks" in experiment.abstract_state().model_state.get("batch_stats", {})
+        said += [
+            "Sub-networks keep the batch statistics of their start."
+            if found
+            else "config.subnetworks.statistics=kept changes nothing: the networks have no batch statistics."
+        ]
+    return said
+
+
 def _load(start, k, experiment, alone, read) -> dict:
     """{(kind, *path): array} of what sub-network k takes; `alone` if no other one takes it as well."""
     method, name = experiment.method, experiment.method.subnetwork_names()[k]
@@ -290,7 +308,8 @@ def _run_variables(folder: Path, prediction: str):
     def first():
         params, _ = steps.init_variables(method, jax.random.key(0), shape)
         rules = (settings.optimizer, settings.optimizer_rules, 1, settings.epochs)
-        made = optimizers.make_optimizers(method.trains, params, *rules)
+        frozen = optimizers.freeze_steps(settings, 1)
+        made = optimizers.make_optimizers(method.trains, params, *rules, frozen)
         return steps.create_state(method, made, jax.random.key(0), shape)
 
     state = checkpoint.restore(directory, step, jax.eval_shape(first))

@@ -11,6 +11,7 @@ import optax
 
 from ffl_jax import losses
 from ffl_jax.devices import parallel
+from ffl_jax.methods import subnetworks
 from ffl_jax.methods.base import Term, logged, parameter_mask
 from ffl_jax.training import metrics
 
@@ -169,6 +170,7 @@ def observed_step(
     precision: str = "float32",
     accumulate: int = 1,
     recipe: Callable | None = None,
+    freeze_steps: int = 0,
 ):
     """One forward pass, one gradient for each objective, all taken at the same parameters.
 
@@ -183,14 +185,48 @@ def observed_step(
       accumulate: how many equal parts, one after another, the batch is taken in; the gradient is their mean.
         Batch statistics, and what a loss takes over the batch, are those of a part.
       recipe: a `recipe.Recipe`, which makes of the batch what the method sees; None leaves it as it is.
+      freeze_steps: in the first so many, sub-networks are trained but in their heads: they have no other
+        gradient, and run by the batch statistics that they have, which stay. The optimisers know of it, too.
 
     Returns:
       The state after the step, and its `gauges`.
     """
     if recipe is not None:
         batch = recipe(batch, jax.random.fold_in(state.rng, state.step))
+    step = functools.partial(
+        _step,
+        optimizers=optimizers,
+        steps_per_epoch=steps_per_epoch,
+        precision=precision,
+        accumulate=accumulate,
+    )
+    free = functools.partial(step, method=method, frozen=False)
+    if not freeze_steps:
+        return free(state, batch)
+    held = functools.partial(step, method=subnetworks.frozen(method), frozen=True)
+    return jax.lax.cond(_of_all_runs(state.step) < freeze_steps, held, free, state, batch)
+
+
+@jax.custom_batching.custom_vmap
+def _of_all_runs(step):
+    """The step, at which all runs of a program are: told so, `vmap` over them runs one side of a `cond`."""
+    return step
+
+
+@_of_all_runs.def_vmap
+def _(axis_size, in_batched, step):
+    return step[0], False
+
+
+def _step(state, batch, *, method, optimizers, steps_per_epoch, precision, accumulate, frozen):
+    """`observed_step` on what the method sees; `frozen` stops gradients below the sub-networks' heads."""
     gradients = functools.partial(
-        _gradients, state, method=method, steps_per_epoch=steps_per_epoch, precision=precision
+        _gradients,
+        state,
+        method=method,
+        steps_per_epoch=steps_per_epoch,
+        precision=precision,
+        frozen=frozen,
     )
     if accumulate == 1:
         by_objective, model_state, record = gradients(state.model_state, batch)
@@ -237,13 +273,16 @@ def gauges(optimizers, step, norms) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value, jnp.float32) for name, value in seen.items()}
 
 
-def _gradients(state, model_state, part, index=None, *, method, steps_per_epoch, precision):
+def _gradients(state, model_state, part, index=None, *, method, steps_per_epoch, precision, frozen):
     """({objective: gradient}, new model state, record) of a batch, or of its part number `index`."""
     # Nothing else of a step is random: whoever goes on from a checkpoint draws the same masks again.
     rng = jax.random.fold_in(state.rng, state.step)
     rng = rng if index is None else jax.random.fold_in(rng, index)
 
     def forward(params):
+        if frozen:
+            held = subnetworks.body(params)
+            params = jax.tree.map(lambda held, x: jax.lax.stop_gradient(x) if held else x, held, params)
         variables = {"params": params, **model_state}
         outputs, new_state = apply(
             method,

@@ -87,6 +87,7 @@ def training_step(experiment, method, parallel: Parallel) -> tuple[Callable, ste
         return jnp.full(leaf.shape, 0.01, leaf.dtype)
 
     other = experiment.with_method(method)
+    other.freeze_steps = 0  # what most steps are like
     step = parallel.map(other.train_step, (OWN, OWN), 0, donate=(0,))
     state = jax.tree.map(number, experiment.abstract_state())
     return step, parallel.repeat(state), parallel.repeat(batch)
