@@ -3,6 +3,7 @@
 import functools
 import shutil
 import textwrap
+import types
 
 import chex
 import harness
@@ -419,3 +420,14 @@ def test_teachers_are_trained_from_scratch():
     teacher = teachers.teacher_config(config, 0)
     assert (teacher.subnetworks.freeze_epochs, teacher.subnetworks.statistics) == (0.0, "adapted")
     assert teacher.optimizer.layer_decay == 1.0
+
+
+@pytest.mark.parametrize(
+    ("found", "text"), [(["subnetworks"], "keep the batch"), (["fusion"], "changes nothing")]
+)
+def test_what_is_kept_is_told(found, text):
+    state = types.SimpleNamespace(model_state={"batch_stats": dict.fromkeys(found)})
+    config = whole("a", **{"subnetworks.statistics": "kept"})
+    made = types.SimpleNamespace(config=config, freeze_steps=0, abstract_state=lambda: state)
+    (said,) = start_weights.told(made)
+    assert text in said

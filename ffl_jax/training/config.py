@@ -125,12 +125,7 @@ def check(config: ConfigDict):
         raise ConfigError(f"config.method.temperature must be > 0, got {values['method.temperature']}.")
     if values.get("method.smoothing", 0) >= 1:
         raise ConfigError("config.method.smoothing is added to probabilities: it must be below 1.")
-    _check_start(config.subnetworks)
-    if config.subnetworks.freeze_epochs >= config.epochs:
-        raise ConfigError(
-            f"config.subnetworks.freeze_epochs={config.subnetworks.freeze_epochs:g} of {config.epochs} "
-            "epochs would freeze the sub-networks for ever: set it to less, or train for longer."
-        )
+    _check_start(config.subnetworks, config.epochs)
     if config.num_seeds > 1 and config.checkpoint.keep < 2:
         raise ConfigError(
             "config.checkpoint.keep must be at least 2 with several seeds, got 1: a kill may come when some "
@@ -166,7 +161,7 @@ def _check_data(data: ConfigDict):
     check_choice("config.data.sampling", data.sampling, SAMPLINGS)
 
 
-def _check_start(section: ConfigDict):
+def _check_start(section: ConfigDict, epochs: int):
     """Refuses what sub-networks cannot start from, and rates at which nothing of them is left."""
     for key in ("start", "start_digests"):
         if not all(isinstance(value, str) for value in section[key]):
@@ -186,6 +181,11 @@ def _check_start(section: ConfigDict):
                 f"config.subnetworks.{key}={section[key]} holds what sub-networks start from: name it by "
                 f"config.subnetworks.start, or set it to {usual}."
             )
+    if section.freeze_epochs >= epochs:
+        raise ConfigError(
+            f"config.subnetworks.freeze_epochs={section.freeze_epochs:g} of {epochs} epochs would freeze the "
+            "sub-networks for ever: set it to less, or train for longer."
+        )
     for key in ("dropout", "drop_path"):
         if section[key] >= 1:
             raise ConfigError(f"config.subnetworks.{key} must be below 1, got {section[key]}.")
