@@ -34,7 +34,7 @@ def command(argv: list[str]):
         if not values[name].value:
             raise cli.ConfigError(f"--{name} is missing; see --help.")
 
-    from ffl_jax.pytorch import conversion
+    from ffl_jax.training import conversion
 
     weights = conversion.load(values.source, values.input, values.state, values.network)
     conversion.write(weights, values.config, values.workdir)

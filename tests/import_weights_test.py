@@ -18,9 +18,9 @@ from ffl_jax import data, import_weights, methods
 from ffl_jax.data import digits
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 from ffl_jax.methods import subnetworks
-from ffl_jax.pytorch import conversion, reading
+from ffl_jax.pytorch import reading
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import scoring
+from ffl_jax.training import conversion, scoring
 from ffl_jax.training.experiment import Experiment
 from ffl_jax.workdir import checkpoint, files
 

@@ -386,9 +386,7 @@ def test_general_without_a_validation_split():
     config = digits.get_config("method=kdcl,network=tiny")
     config_lib.check(config)
     config.method.variant = "general"
-    with pytest.raises(
-        ConfigError, match=r"config.data.validation_fraction, both now 0"
-    ):
+    with pytest.raises(ConfigError, match=r"config.data.validation_fraction, both now 0"):
         config_lib.check(config)
     config.data.validation_examples = 100
     config_lib.check(config)

@@ -425,7 +425,7 @@ def test_cards_of_odd_values(key, value):
 def test_cards_of_other_keys_and_versions(exported, tmp_path):
     assert cards.parse(json.dumps(CARD)) == CARD
     parse_refused(json.dumps({**CARD, "card_version": 1}), "a key that is not known, 'checked_on'")
-    new = ("input", "precision", "checked_on")
+    new = ("input", "precision", "checked_on", "max_value")
     old = json.dumps({key: x for key, x in CARD.items() if key not in new} | {"card_version": 1})
     assert cards.parse(old) == CARD
     for key in CARD:
