@@ -279,6 +279,33 @@ def test_norm_by_hand():
     np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * variance, rtol=1e-5)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_norm_and_its_gradients(offset):
+    """Against the formula in NumPy float64; sums of squares alone would lose the variance at 1000."""
+    rng = np.random.default_rng(2)
+    x = np.float32(rng.normal(offset, 1.0, (4, 3, 5, 2)))
+    gradient, scale, bias = rng.normal(size=x.shape), np.array([0.5, 2.0]), np.array([-1.0, 3.0])
+    layer = base.batch_norm(train=True)
+    statistics = {"mean": jnp.zeros(2), "var": jnp.ones(2)}
+
+    def apply(x, scale, bias):
+        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": statistics}
+        return layer.apply(variables, x, mutable=["batch_stats"])
+
+    outputs, pullback, updates = jax.vjp(apply, *map(jnp.float32, (x, scale, bias)), has_aux=True)
+    actual = outputs, *pullback(jnp.float32(gradient))
+    mean, deviation = np.float64(x).mean((0, 1, 2)), np.sqrt(np.float64(x).var((0, 1, 2)) + 1e-5)
+    normal = (x - mean) / deviation
+    by_scale, by_bias = (gradient * normal).sum((0, 1, 2)), gradient.sum((0, 1, 2))
+    count = gradient[..., 0].size
+    by_x = (gradient - by_bias / count - normal * by_scale / count) * scale / deviation
+    for one, wanted in zip(actual, (normal * scale + bias, by_x, by_scale, by_bias), strict=True):
+        np.testing.assert_allclose(one, wanted, rtol=1e-3, atol=1e-3)
+    stored = updates["batch_stats"]
+    np.testing.assert_allclose(stored["mean"], 0.1 * mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stored["var"], 0.9 + 0.1 * (deviation**2 - 1e-5), rtol=1e-4)
+
+
 def test_unknown_network_names_the_nearest():
     with pytest.raises(ConfigError, match=r"unknown network 'resnet23'.*resnet20"):
         NETWORKS.lookup("resnet23")

@@ -12,6 +12,7 @@ from flax.linen import initializers
 from ffl_jax.devices import parallel
 from ffl_jax.errors import ConfigError
 from ffl_jax.models import convolutions
+from ffl_jax.models.normalization import BatchNorm
 from ffl_jax.registry import Registry
 
 NETWORKS = Registry("network")
@@ -231,14 +232,14 @@ def biased_conv(
     return conv(features, kernel, stride, name=name, bias_init=uniform(kernel**2 * x.shape[-1]))(x)
 
 
-def batch_norm(train: bool | str, name: str | None = None, momentum: float = 0.9) -> nn.BatchNorm:
+def batch_norm(train: bool | str, name: str | None = None, momentum: float = 0.9) -> BatchNorm:
     """Batch normalisation with PyTorch's defaults, its statistics taken over the batches of all devices.
 
     The running variance is the biased one, as always in Flax; PyTorch's is larger by M / (M - 1). `momentum`
     is the weight of the old statistics; PyTorch's is that of the new ones. Where `train` is `KEPT`, the
     running ones are used and stay.
     """
-    return nn.BatchNorm(
+    return BatchNorm(
         use_running_average=not train or train == KEPT,
         momentum=momentum,
         epsilon=1e-5,

@@ -15,6 +15,7 @@ from ffl_jax.methods.subnetworks import vectorized
 from ffl_jax.training import steps
 
 
+@backend.as_accelerator()  # counted on the plain program, whatever stands in its place here
 def prediction_costs(method, variables, image_shape) -> dict[str, dict[str, int]]:
     """{prediction: {"parameters", "flops"}} of the part of a method that the prediction needs.
 
