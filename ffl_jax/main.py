@@ -11,9 +11,9 @@ USAGE = """
 python -m ffl_jax.main [--config=configs/DATA.py[:method=M,network=N]] [--workdir=DIR]
                        [--config.KEY=VALUE ...]
 
-Trains, evaluates and writes config.json, metrics.jsonl, summary.json, curves.png, tensorboard/ and
-checkpoints/ to the workdir. The same command continues a run that was stopped. Without arguments: FFL on the
-embedded digits data.
+Trains, evaluates and writes config.json, metrics.jsonl, summary.json, confusion.csv, curves.png, tensorboard/
+and checkpoints/ to the workdir. The same command continues a run that was stopped. Without arguments: FFL on
+the embedded digits data.
 """
 
 
