@@ -161,7 +161,8 @@ def test_vectorized_seeds_give_the_same_numbers(tmp_path):
         assert line.keys() == expected.keys()
         assert line["step"] == 2
         for name in line.keys() - {"split"}:
-            atol = 2 / 500 if name.endswith(("top1", "top5", "ece")) else 1e-4
+            # Of the scores, one image of two batches, which may change sides.
+            atol = 1.01 / (2 * 128) if name.endswith(("top1", "top5", "ece")) else 1e-4
             np.testing.assert_allclose(line[name], expected[name], rtol=1e-3, atol=atol, err_msg=name)
 
 

@@ -29,23 +29,16 @@ def epoch_order(seed: int | jax.Array, epoch: jax.Array, num_examples: int, batc
 
 
 def train_batch(
-    images: jax.Array,
-    labels: jax.Array,
-    indices: jax.Array,
-    seed: int | jax.Array,
-    epoch: jax.Array,
-    settings,
-    views: int = 0,
-    repeats: jax.Array | None = None,
+    images: jax.Array, labels: jax.Array, indices: jax.Array, *how, **more
 ) -> dict[str, jax.Array]:
     """An augmented, normalised batch: `image` [B, H, W, 3], or [views, B, H, W, 3], and `label` [B].
 
     Args:
       images, labels: the whole training split, uint8 [N, H, W, 3] and int32 [N].
       indices: [B], the examples to take.
-      seed, epoch, settings, views, repeats: see `augmented`.
+      *how, **more: the other arguments of `augmented`.
     """
-    image = augmented(images[indices], indices, seed, epoch, settings, views, repeats)
+    image = augmented(images[indices], indices, *how, **more)
     return {"image": image, "label": labels[indices]}
 
 
