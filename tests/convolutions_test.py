@@ -1,5 +1,7 @@
 """Convolutions and their gradients against loops over the taps in NumPy float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +132,35 @@ def test_vectorized_equals_one_after_another(name):
         for k in range(2):
             for one, all_ in zip(run(call, *(x[k] for x in both)), together, strict=True):
                 np.testing.assert_allclose(all_[k], one, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("own_input", [True, False])
+@pytest.mark.parametrize(("name", "up_to"), [("stem", 512), ("stem", 12), ("stem", 1), ("strided", 512)])
+def test_copies_on_accelerators_are_one_convolution(name, up_to, own_input, monkeypatch):
+    """Runs of copies, each as by itself, in parts of so many channels; none is a grouped convolution."""
+    monkeypatch.setattr(convolutions, "_TOGETHER_UP_TO", up_to)
+    (x, k, gradient), _, call = case(**CASES[name])
+    factors = np.array([[1.0, -2.0, 0.5], [3.0, 0.25, -1.5]])  # of two runs of three copies
+    xs, ks, gradients = (np.multiply.outer(factors, a) for a in (x, k, gradient))
+    if not own_input:
+        xs = xs[:, 0]
+
+    def copies(x, k, gradient):
+        y, pullback = jax.vjp(jax.vmap(call, (0 if own_input else None, 0)), x, k)
+        return y, *pullback(gradient)
+
+    with jax.enable_x64(True), backend.as_accelerator():
+        program = jax.jit(jax.vmap(copies)).lower(*map(jnp.asarray, (xs, ks, gradients)))
+        y, dx, dk = program.compile()(xs, ks, gradients)
+    assert set(re.findall(r"(?:feature|batch)_group_count = (\d+)", program.as_text())) == {"1"}
+    for i, j in np.ndindex(2, 3):
+        own = factors[i, j if own_input else 0] * x
+        with jax.enable_x64(True):
+            wanted = run(call, own, ks[i, j], gradients[i, j])
+        np.testing.assert_allclose(y[i, j], wanted[0], rtol=0, atol=1e-11)
+        np.testing.assert_allclose(dk[i, j], wanted[2], rtol=0, atol=1e-11)
+        if own_input:
+            np.testing.assert_allclose(dx[i, j], wanted[1], rtol=0, atol=1e-11)
 
 
 def test_accelerators_get_the_convolutions_of_xla(monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import draw_variables
 
+from ffl_jax.devices import backend
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
 from ffl_jax.methods.modules import FusionModule
@@ -279,11 +280,14 @@ def test_norm_by_hand():
     np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * variance, rtol=1e-5)
 
 
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_norm_and_its_gradients(offset):
+@pytest.mark.parametrize(
+    ("offset", "dtype", "accelerator"),
+    [(0, "float32", False), (1000, "float32", False), (1000, "float32", True), (4, "bfloat16", True)],
+)
+def test_norm_and_its_gradients(offset, dtype, accelerator):
     """Against the formula in NumPy float64; sums of squares alone would lose the variance at 1000."""
     rng = np.random.default_rng(2)
-    x = np.float32(rng.normal(offset, 1.0, (4, 3, 5, 2)))
+    x = np.float32(jnp.asarray(rng.normal(offset, 1.0, (4, 3, 5, 2)), dtype))
     gradient, scale, bias = rng.normal(size=x.shape), np.array([0.5, 2.0]), np.array([-1.0, 3.0])
     layer = base.batch_norm(train=True)
     statistics = {"mean": jnp.zeros(2), "var": jnp.ones(2)}
@@ -292,15 +296,19 @@ def test_norm_and_its_gradients(offset):
         variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": statistics}
         return layer.apply(variables, x, mutable=["batch_stats"])
 
-    outputs, pullback, updates = jax.vjp(apply, *map(jnp.float32, (x, scale, bias)), has_aux=True)
-    actual = outputs, *pullback(jnp.float32(gradient))
+    with backend.as_accelerator(accelerator):
+        given = [jnp.asarray(a, dtype) for a in (x, scale, bias)]
+        outputs, pullback, updates = jax.vjp(apply, *given, has_aux=True)
+        actual = outputs, *pullback(jnp.asarray(gradient, dtype))
+    assert {a.dtype for a in actual} == {jnp.dtype(dtype)}
+    atol = 1e-3 if dtype == "float32" else 2e-2 * np.abs(gradient).max()
     mean, deviation = np.float64(x).mean((0, 1, 2)), np.sqrt(np.float64(x).var((0, 1, 2)) + 1e-5)
     normal = (x - mean) / deviation
     by_scale, by_bias = (gradient * normal).sum((0, 1, 2)), gradient.sum((0, 1, 2))
     count = gradient[..., 0].size
     by_x = (gradient - by_bias / count - normal * by_scale / count) * scale / deviation
     for one, wanted in zip(actual, (normal * scale + bias, by_x, by_scale, by_bias), strict=True):
-        np.testing.assert_allclose(one, wanted, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(np.float32(one), wanted, rtol=atol, atol=atol)
     stored = updates["batch_stats"]
     np.testing.assert_allclose(stored["mean"], 0.1 * mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stored["var"], 0.9 + 0.1 * (deviation**2 - 1e-5), rtol=1e-4)

@@ -1,8 +1,9 @@
-"""Whether programs are made for a CPU or for an accelerator: the only place that asks.
+"""For what programs are made, a CPU or an accelerator: the only place that asks.
 
-They differ in how convolutions are computed, and in whether copies of a network, and seeds, run one after
-another or by `vmap`. Inside `as_accelerator` all of it is as on an accelerator, wherever it runs: so do tests
-see what users of GPUs and TPUs get, and so are operations counted.
+They differ in how convolutions and batch norms are computed, and in whether copies of a network, and seeds,
+run one after another or by `vmap`. Inside `as_accelerator` all of it is as on an accelerator, wherever it is,
+so that tests see what users of GPUs and TPUs get. Inside `plain` nothing stands in for XLA's own operations:
+operations are counted so, and networks exported.
 """
 
 import contextlib
@@ -10,19 +11,33 @@ import contextvars
 
 import jax
 
-_as_accelerator = contextvars.ContextVar("as_accelerator", default=False)
+_made_for = contextvars.ContextVar("made_for", default=None)
 
 
 def is_cpu() -> bool:
     """Whether what is traced now is made for a CPU."""
-    return jax.default_backend() == "cpu" and not _as_accelerator.get()
+    return jax.default_backend() == "cpu" and not _made_for.get()
+
+
+def is_plain() -> bool:
+    """Whether nothing shall stand in for XLA's own operations."""
+    return _made_for.get() == "anything"
+
+
+def as_accelerator(yes: bool = True):
+    """What is traced and chosen inside is as on an accelerator; with False, as on this machine again."""
+    return _inside("accelerator" if yes else None)
+
+
+def plain():
+    """What is traced inside is the plain program, for any machine."""
+    return _inside("anything")
 
 
 @contextlib.contextmanager
-def as_accelerator(yes: bool = True):
-    """What is traced and chosen inside is as on an accelerator; with False, as on this machine again."""
-    token = _as_accelerator.set(yes)
+def _inside(made_for):
+    token = _made_for.set(made_for)
     try:
         yield
     finally:
-        _as_accelerator.reset(token)
+        _made_for.reset(token)

@@ -231,7 +231,7 @@ class Benchmark:
         program, start = make(), time.perf_counter()
         compiled = program.lower(*arguments).compile()
         facts = {"compile_seconds": time.perf_counter() - start}
-        with backend.as_accelerator():  # traced anew
+        with backend.plain():  # traced anew
             flops = _count(make().lower(*arguments).cost_analysis(), "flops")
         # XLA counts the body of a loop once: here of that over the parts of a batch.
         facts["flops"] = flops and flops * experiment.config.accumulate

@@ -64,7 +64,7 @@ def conv_general_dilated(
     strides, groups = tuple(window_strides), feature_group_count
     dilated = any(settings.get(key) not in (None, (1, 1)) for key in ("lhs_dilation", "rhs_dilation"))
     usual = x.ndim == 4 and not isinstance(padding, str) and not dilated
-    if usual and not backend.is_cpu() and groups == 1:
+    if usual and groups == 1 and not (backend.is_cpu() or backend.is_plain()):
         return _together(strides, tuple(tuple(pair) for pair in padding), x, kernel)
     if not usual or _left_to_xla(x):
         return lax.conv_general_dilated(

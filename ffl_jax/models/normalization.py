@@ -21,7 +21,7 @@ class BatchNorm(nn.BatchNorm):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, D] -> [B, H, W, D]."""
         usual = x.ndim == 4 and (x.dtype in (jnp.float32, jnp.float64) or not backend.is_cpu())
-        if self.use_running_average or self.is_initializing() or not usual:
+        if self.use_running_average or self.is_initializing() or backend.is_plain() or not usual:
             return super().__call__(x)
         scale, bias = (self.get_variable("params", name) for name in ("scale", "bias"))
         y, mean, variance = _normalized(self.axis_name, self.epsilon, x, scale, bias)

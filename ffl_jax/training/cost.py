@@ -15,7 +15,7 @@ from ffl_jax.methods.subnetworks import vectorized
 from ffl_jax.training import steps
 
 
-@backend.as_accelerator()  # counted on the plain program, whatever stands in its place here
+@backend.plain()
 def prediction_costs(method, variables, image_shape) -> dict[str, dict[str, int]]:
     """{prediction: {"parameters", "flops"}} of the part of a method that the prediction needs.
 
@@ -100,7 +100,7 @@ def training_flops(experiment) -> float | None:
         steps_per_epoch=experiment.steps_per_epoch,
     )
     batch = experiment.abstract_batch()
-    with backend.as_accelerator():
+    with backend.plain():
         lowered = jax.jit(step).lower(experiment.abstract_state(), batch)
     return (lowered.cost_analysis() or {}).get("flops")
 
