@@ -120,3 +120,15 @@ def test_each_device_takes_its_part(dataset):
     one, four = (cost.training_memory(experiment, devices) for devices in (1, 4))
     assert one["state"] == four["state"]
     assert 3.9 < one["maps"] / four["maps"] < 4.1
+
+
+def test_operations_are_counted_for_a_cpu():
+    """JAX does not count before it compiles elsewhere."""
+    devices = []
+
+    def product(x):
+        devices.append(jax.config.jax_default_device)
+        return x @ x
+
+    assert cost.flops(product, jax.ShapeDtypeStruct((8, 8), "float32")) == 2 * 8**3
+    assert [device.platform for device in devices] == ["cpu"]

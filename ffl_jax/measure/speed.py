@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -26,7 +25,7 @@ from ffl_jax.devices.parallel import SHARED, Parallel
 from ffl_jax.devices.timing import step_seconds
 from ffl_jax.errors import ConfigError
 from ffl_jax.training import config as config_lib
-from ffl_jax.training import loop, scoring, steps, vectorize
+from ffl_jax.training import cost, loop, scoring, steps, vectorize
 from ffl_jax.training.experiment import Experiment, versions
 from ffl_jax.workdir import files
 
@@ -99,23 +98,22 @@ class Benchmark:
             parallel = Parallel(**config.parallel, num_seeds=config.num_seeds)
             parallel.check_networks(experiment.method.subnetworks)
             vectorize.settle(experiment, parallel)
-            make = functools.partial(vectorize.training_step, experiment, experiment.method, parallel)
-            _, state, batch = make()
-            compiled, facts = self._compile(lambda make=make: make()[0], (state, batch), experiment)
+            step, state, batch = vectorize.training_step(experiment, experiment.method, parallel)
+            compiled, facts = self._compile(step, (state, batch), experiment)
+            flops = cost.training_flops(experiment)
+            facts["flops"] = flops and flops * config.num_seeds
             seconds = step_seconds(compiled, state, batch)
             self._row("training step", experiment, seconds, config.batch_size, facts)
 
     def evaluation(self):
         """A batch of the test split scored; without its input where that is streamed."""
         state = self._state()
-        make = functools.partial(
-            scoring.SplitSums,
-            *(steps.eval_step, self._experiment.method, self._dataset.test, self._config, self._parallel),
-        )
-        sums = make()
+        method, test = self._experiment.method, self._dataset.test
+        sums = scoring.SplitSums(steps.eval_step, method, test, self._config, self._parallel)
         with contextlib.closing(sums.input.batches()) as batches:
             arguments = (sums.zero, state.variables, next(batches))
-        compiled, facts = self._compile(lambda: make().program, arguments, self._experiment)
+        compiled, facts = self._compile(sums.program, arguments, self._experiment)
+        facts["flops"] = cost.evaluation_flops(self._experiment, sums.input.batch_size)
         seconds = step_seconds(compiled, *arguments)
         self._row("evaluation step", self._experiment, seconds, sums.input.batch_size, facts)
 
@@ -226,15 +224,11 @@ class Benchmark:
     def _state(self):
         return vectorize.training_step(self._experiment, self._experiment.method, self._parallel)[1]
 
-    def _compile(self, make, arguments, experiment):
-        """(the program that `make` gives, compiled; what is known of it before it runs)."""
-        program, start = make(), time.perf_counter()
+    def _compile(self, program, arguments, experiment):
+        """(the program, compiled; what is known of it before it runs)."""
+        start = time.perf_counter()
         compiled = program.lower(*arguments).compile()
         facts = {"compile_seconds": time.perf_counter() - start}
-        with backend.plain():  # traced anew
-            flops = _count(make().lower(*arguments).cost_analysis(), "flops")
-        # XLA counts the body of a loop once: here of that over the parts of a batch.
-        facts["flops"] = flops and flops * experiment.config.accumulate
         facts["bytes"] = _count(compiled.cost_analysis(), "bytes accessed")
         memory = compiled.memory_analysis()
         facts["temporary_mb"] = memory.temp_size_in_bytes / 1e6 if memory else None

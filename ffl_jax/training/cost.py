@@ -15,6 +15,18 @@ from ffl_jax.methods.subnetworks import vectorized
 from ffl_jax.training import steps
 
 
+def flops(function, *arguments) -> int | None:
+    """Operations of the plain program by XLA's count, a multiply-add as two; arguments may be shapes."""
+    # JAX counts before it compiles on a CPU alone, which there is beside an accelerator too.
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # but where the environment says otherwise
+        device = None
+    with backend.plain(), jax.default_device(device):
+        analysis = jax.jit(function).lower(*arguments).cost_analysis() or {}
+    return int(analysis.get("flops", 0)) or None
+
+
 @backend.plain()
 def prediction_costs(method, variables, image_shape) -> dict[str, dict[str, int]]:
     """{prediction: {"parameters", "flops"}} of the part of a method that the prediction needs.
@@ -24,8 +36,7 @@ def prediction_costs(method, variables, image_shape) -> dict[str, dict[str, int]
       variables: its own, or their shapes.
       image_shape: (H, W, 3).
 
-    `parameters` counts trained numbers, and averages of them; not batch statistics. `flops` is XLA's count,
-    with a multiply-add as two.
+    `parameters` counts trained numbers, and averages of them; not batch statistics. `flops` are as above.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     method = vectorized(method, False)  # so that what a prediction does not need falls away
@@ -75,8 +86,7 @@ def _cost(function, variables, is_parameter, images):
         for counts, variable in zip(counted, jaxpr.invars, strict=True)
         if counts
     )
-    analysis = jax.jit(function).lower(variables, images).cost_analysis() or {}
-    return {"parameters": parameters, "flops": int(analysis.get("flops", 0)) or None}
+    return {"parameters": parameters, "flops": flops(function, variables, images)}
 
 
 def _used_numbers(jaxpr, variable):
@@ -88,21 +98,23 @@ def _used_numbers(jaxpr, variable):
     return sum(math.prod(shape) for shape in copies.values())
 
 
-def training_flops(experiment) -> float | None:
-    """Operations of one training step of one seed, by XLA's count of the plain program, on all devices.
-
-    A multiply-add counts as two. Evaluation is left out.
-    """
+def training_flops(experiment) -> int | None:
+    """`flops` of one training step of one seed, on all devices; evaluation is left out."""
     step = functools.partial(  # as the plain program: in float32, and the batch as a whole
         steps.train_step,
         method=vectorized(experiment.method, False),
         optimizers=experiment.optimizers,
         steps_per_epoch=experiment.steps_per_epoch,
     )
-    batch = experiment.abstract_batch()
-    with backend.plain():
-        lowered = jax.jit(step).lower(experiment.abstract_state(), batch)
-    return (lowered.cost_analysis() or {}).get("flops")
+    return flops(step, experiment.abstract_state(), experiment.abstract_batch())
+
+
+def evaluation_flops(experiment, batch_size: int) -> int | None:
+    """`flops` of all predictions of a batch."""
+    method = vectorized(experiment.method, False)
+    images = jax.ShapeDtypeStruct((batch_size, *experiment.image_shape), jnp.float32)
+    variables = experiment.abstract_state().variables
+    return flops(lambda *given: method.predictions(method.apply(*given, train=False)), variables, images)
 
 
 def training_memory(
