@@ -10,17 +10,18 @@ from ffl_jax.registry import nearest
 
 USAGE = """
 python -m ffl_jax.bench [--config=configs/DATA.py[:PRESETS]] [--config.KEY=VALUE ...]
-                        [--parts=step,evaluation,input,loop,start] [--executions=loop,vmap] [--nums=1,2,4]
-                        [--precisions=float32,bfloat16] [--batch_sizes=128,1024] [--seeds=1,5]
+                        [--parts=step,evaluation,input,loop,start,kernels] [--executions=loop,vmap]
+                        [--nums=1,2,4] [--precisions=float32,bfloat16] [--batch_sizes=128,1024] [--seeds=1,5]
                         [--synthetic=CLASSES [--examples=N]] [--json=FILE]
 
 Parts: `step`, the bare training step on a batch that stays on the device, once for each combination of what
 the lists name; `evaluation`, its step; `input`, the batches alone; `loop`, real training in a folder of its
 own, which is removed; `start`, a new process up to its first step, with an empty cache of compiled programs
-and with a full one. Times are medians over blocks of calls. FLOPs are XLA's count for plain convolutions, a
-multiply-add as two; peaks are those of a large matrix product and a large sum, measured here.
+and with a full one; `kernels`, what the bare step spends its time on, by layers and by operations. Times are
+medians over blocks of calls. FLOPs are XLA's count for plain convolutions, a multiply-add as two; peaks are
+those of a large matrix product and a large sum, measured here.
 """
-PARTS = ("step", "evaluation", "input", "loop", "start")
+PARTS = ("step", "evaluation", "input", "loop", "start", "kernels")
 # What multiplies to the rows of the step: {flag: (key of the configuration, what it lists)}.
 GRID = {
     "executions": ("subnetworks.execution", "loop, vmap, or both; by default that of the configuration"),
@@ -62,7 +63,7 @@ def command(argv: list[str]):
     memory = bench.memory()
     print(f"\nPeak memory: {', '.join(f'{name} {size:.0f} MB' for name, size in memory.items())}")
     if values.json:
-        results = bench.machine | {"memory_mb": memory, "rows": bench.rows}
+        results = bench.machine | {"memory_mb": memory, "rows": bench.rows, "kernels": bench.shares}
         Path(values.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,14 +1,20 @@
 """The bench on networks that compile in no time: what it measures is there, and is what it says."""
 
 import json
+import os
+import subprocess
+import time
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from PIL import Image
 
 from configs import digits, folder
 from ffl_jax import bench
 from ffl_jax.errors import ConfigError
-from ffl_jax.measure import speed
+from ffl_jax.measure import kernels, speed
 
 
 @pytest.fixture
@@ -142,3 +148,72 @@ def test_noise_stands_for_a_dataset():
 def test_refusals(argument, message, run):
     with pytest.raises(ConfigError, match=message):
         run("--config=configs/digits.py:network=tiny", "--parts=step", argument)
+
+
+def test_kernels_by_layer_and_by_operation(run):
+    text, results = run("--config=configs/digits.py:network=tiny", "--parts=kernels")
+    shares = results["kernels"]
+    layers = {share["name"] for share in shares["layers"]}
+    ways = ("forward", "backward, gradients of inputs", "backward, gradients of kernels")
+    assert {f"convolutions, {way}" for way in ways} <= layers
+    assert {"norms, forward", "norms, backward", "optimiser, statistics and copies"} <= layers
+    for key in ("milliseconds", "kernels"):
+        by_layer, by_operation = (sum(share[key] for share in each) for each in shares.values())
+        assert by_layer == pytest.approx(by_operation)
+    assert f"| {shares['operations'][0]['name'][:90]} |" in text
+
+
+def test_what_takes_longest_is_first():
+    """A product of 2 GFLOP beside one of 2 MFLOP, called after their modules."""
+
+    def products(x, y):
+        with jax.named_scope("stage1_conv"):
+            x = x @ x
+        with jax.named_scope("norm1"):
+            return x, y @ y
+
+    x, y = jnp.ones((1024, 1024)), jnp.ones((100, 100))
+    compiled = jax.jit(products).lower(x, y).compile()
+    start = time.perf_counter()
+    layers, operations = kernels.measure(compiled, lambda: compiled(x, y), 3)
+    elapsed = time.perf_counter() - start
+    assert [share.name for share in layers[:2]] == ["convolutions, forward", "norms, forward"]
+    assert layers[0].milliseconds > 10 * layers[1].milliseconds
+    assert sum(share.milliseconds for share in operations) < 1e3 * elapsed / 3 * os.cpu_count()
+
+
+def test_the_kit_for_accelerators_asks_for_what_there_is(tmp_path):
+    """Its commands, told by a stand-in for Python: the bench takes each, with flags of our own."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    stand_in.chmod(0o755)
+    kit = Path(bench.__file__).parents[1] / "benchmarks" / "accelerator.sh"
+    own = "--config.batch_size=8"
+    done = subprocess.run(
+        [kit, tmp_path / "out", own],
+        env=os.environ | {"PYTHON": str(stand_in)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "ffl_jax.bench" in line]
+    assert len(calls) == 5
+    for line in calls:
+        flags = dict(flag.removeprefix("--").split("=", 1) for flag in line.split()[2:])
+        assert flags["config.batch_size"] == "8"
+        assert set(flags["parts"].split(",")) <= set(bench.PARTS)
+        assert flags.keys() <= {
+            "synthetic",
+            "json",
+            "parts",
+            *bench.GRID,
+            "config.batch_size",
+            "config.subnetworks.execution",
+        }
+    failing = tmp_path / "failing"
+    failing.write_text("#!/bin/sh\necho 'error: no such thing' >&2\nexit 2\n")
+    failing.chmod(0o755)
+    done = subprocess.run(
+        [kit, tmp_path / "out"], env=os.environ | {"PYTHON": str(failing)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.count("failed: error: no such thing")) == (1, 5)

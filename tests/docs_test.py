@@ -34,7 +34,7 @@ PAGES = sorted(path.relative_to(ROOT) for path in (ROOT / "README.md", *(ROOT / 
 # theirs.
 OTHERS = (
     *("./launch/", "pip ", "bash ", "sbatch ", "export ", "gcloud ", "docker ", "sed ", "kubectl "),
-    *("python benchmarks/", "python tests/", "python docs/example.py"),
+    *("./benchmarks/", "python benchmarks/", "python tests/", "python docs/example.py"),
 )
 
 

@@ -24,6 +24,7 @@ from ffl_jax.devices import backend
 from ffl_jax.devices.parallel import SHARED, Parallel
 from ffl_jax.devices.timing import step_seconds
 from ffl_jax.errors import ConfigError
+from ffl_jax.measure import kernels
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import cost, loop, scoring, steps, vectorize
 from ffl_jax.training.experiment import Experiment, versions
@@ -37,6 +38,7 @@ _COLUMNS = ("what", "seeds", "K", "batch", "execution", "precision", "ms", "imag
 _COLUMNS += ("GB/s (of peak)", "compile s", "temporary MB", "exchanged MB (messages)")
 _LOOP_SECONDS = 20.0
 _STREAM_SECONDS = 10.0
+_SHOWN = 15  # rows of a table of kernels
 
 
 class Benchmark:
@@ -45,6 +47,7 @@ class Benchmark:
     Attributes:
       machine: {name: value} of the device, its measured peaks and the versions.
       rows: what was measured, dictionaries.
+      shares: {"layers", "operations": [`kernels.Share` as a dictionary]} of a step, if that was measured.
     """
 
     def __init__(self, config, synthetic: int, examples: int = 0):
@@ -61,7 +64,7 @@ class Benchmark:
         self._experiment = Experiment(config, self._dataset)
         vectorize.settle(self._experiment, self._parallel)
         self._config = self._experiment.config
-        self.rows = []
+        self.rows, self.shares = [], {}
         device = self._parallel.devices[0]
         self.machine = {
             "device": device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()})",
@@ -213,6 +216,30 @@ class Benchmark:
                     lines = Path(f"{folder}/log").read_text(errors="replace").splitlines()
                     raise ConfigError(f"{' '.join(program)}: {lines[-1] if lines else 'it said nothing'}")
                 self._row(what, self._experiment, seconds, None, {})
+
+    def kernels(self):
+        """What the bare step spends its time on: a table of layers, and one of the longest operations."""
+        step, state, batch = vectorize.training_step(
+            self._experiment, self._experiment.method, self._parallel
+        )
+        compiled = step.lower(state, batch).compile()
+        states = [compiled(state, batch)]
+
+        def call():
+            states.append(compiled(states.pop(), batch))
+            return states[0]
+
+        tables = kernels.measure(compiled, call)
+        for name, shares in zip(("layers", "operations"), tables, strict=True):
+            self.shares[name] = [dataclasses.asdict(share) for share in shares]
+            total = sum(share.milliseconds for share in shares)
+            count = sum(share.kernels for share in shares)
+            print(f"\n| {name}: {total:.1f} ms, {count:.0f} kernels | ms | % | kernels |")
+            print(f"|{' --- |' * 4}")
+            for share in shares[:_SHOWN]:
+                cells = share.name[:90], f"{share.milliseconds:.2f}"
+                cells += f"{100 * share.milliseconds / total:.1f}", f"{share.kernels:.0f}"
+                print(f"| {' | '.join(cells)} |", flush=True)
 
     def memory(self) -> dict[str, float]:
         """Peaks of this process and, where they are counted, of the first device, in megabytes."""

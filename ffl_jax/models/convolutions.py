@@ -153,10 +153,10 @@ def _together_forward(strides, padding, x, kernel):
 
 def _together_backward(strides, padding, saved, gradient):
     x, kernel = saved
-    return (
-        _together_input_gradient(strides, padding, x.shape, gradient, kernel),
-        _together_kernel_gradient(strides, padding, kernel.shape, x, gradient),
-    )
+    with jax.named_scope("input_gradient"):
+        by_input = _together_input_gradient(strides, padding, x.shape, gradient, kernel)
+    with jax.named_scope("kernel_gradient"):
+        return by_input, _together_kernel_gradient(strides, padding, kernel.shape, x, gradient)
 
 
 _together.defvjp(_together_forward, _together_backward)
@@ -303,10 +303,10 @@ def _forward(strides, padding, x, kernel):
 
 def _backward(strides, padding, saved, gradient):
     x, kernel = saved
-    return (
-        _input_gradient(gradient, kernel, strides, padding, x.shape),
-        _kernel_gradient(x, gradient, strides, padding, kernel.shape),
-    )
+    with jax.named_scope("input_gradient"):
+        by_input = _input_gradient(gradient, kernel, strides, padding, x.shape)
+    with jax.named_scope("kernel_gradient"):
+        return by_input, _kernel_gradient(x, gradient, strides, padding, kernel.shape)
 
 
 _convolution.defvjp(_forward, _backward)
