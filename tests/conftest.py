@@ -1,5 +1,6 @@
 """What several tests use: random variables, and the project's commands in processes of their own."""
 
+import copy
 import functools
 import gc
 import os
@@ -16,9 +17,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from ffl_jax import data
+from ffl_jax.devices import backend
 from ffl_jax.models import NETWORKS, Network
 from ffl_jax.models.base import batch_norm, conv
-from ffl_jax.training import steps
+from ffl_jax.training import cost, loop, programs, steps
 from ffl_jax.training.defaults import every_key
 from ffl_jax.training.experiment import Experiment, run_record
 from ffl_jax.workdir import checkpoint, curves
@@ -221,16 +223,56 @@ def no_curves():
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("cache")
+    """A folder of this session, that all processes of the session share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="session")
 def compile_once(cache):
-    """What compiles slowly does so once, whichever file or process asks for it."""
+    """What is compiled is so once, whichever file or process asks for it: reading takes a fifth as long."""
     jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="session")
 def commands(cache) -> Commands:
     return Commands(cache)
+
+
+@pytest.fixture(scope="module")
+def traced_once():
+    """Trainings of a file, in this process, share what they trace if their settings and data are equal.
+
+    To trace and to lower takes most of a short training, and none of it asks where a run began.
+    """
+    kept = {}
+
+    def identity(given):
+        if isinstance(given, ml_collections.ConfigDict):
+            return repr(given.to_dict())
+        if isinstance(given, data.Dataset):
+            return given.fingerprint, len(given.train)
+        return given if isinstance(given, nn.Module) else id(given)  # `kept` keeps them alive
+
+    def sharing(make):
+        def made(*args, **settings):
+            key = (make, backend.is_cpu(), *map(identity, args), repr(settings))
+            if key not in kept:
+                own = [copy.deepcopy(x) if isinstance(x, ml_collections.ConfigDict) else x for x in args]
+                kept[key] = make(*own, **settings), args
+            return kept[key][0]
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            *((loop, name) for name in ("Experiment", "Parallel", "Evaluator")),
+            *((programs, name) for name in ("training", "before_epoch", "images_shown")),
+            *((cost, name) for name in ("training_flops", "tell_memory")),
+            (data, "train_input"),
+        ):
+            patch.setattr(owner, name, sharing(getattr(owner, name)))
+        yield

@@ -1,4 +1,7 @@
-"""Whole runs as users start them: killed, stopped and moved ones must end like one that was left alone."""
+"""Whole runs as users start them: killed, stopped and moved ones must end like one that was left alone.
+
+What needs no process of its own, to be killed in, runs in this one, by the same command.
+"""
 
 import itertools
 import json
@@ -13,10 +16,10 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import MAIN, UNDRAWN, command
+from conftest import MAIN, UNDRAWN
 
 from configs import digits
-from ffl_jax import data, errors, evaluate
+from ffl_jax import data, errors, evaluate, main
 from ffl_jax.data import resident
 from ffl_jax.devices import preemption
 from ffl_jax.training import config, loop, metrics, runs
@@ -36,9 +39,24 @@ SETTINGS = (
 )
 STEPS = 2 * 45  # ceil(1427 / 32) = 45
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 def arguments(workdir, main=UNDRAWN):
     return (*main, "--config=configs/digits.py:network=tiny", f"--workdir={workdir}", *SETTINGS)
+
+
+@pytest.fixture
+def start(caplog):
+    """Runs the command on a workdir in this process; returns what it said."""
+
+    def command(workdir, *more):
+        caplog.clear()
+        main.command([*arguments(workdir, ("main",)), *more])
+        return caplog.text
+
+    caplog.set_level("INFO")
+    return command
 
 
 @pytest.fixture(scope="module")
@@ -137,49 +155,49 @@ def test_files_of_a_run(reference):
     assert (reference / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_second_start_says_complete_and_writes_nothing(commands, reference):
+def test_second_start_says_complete_and_writes_nothing(start, reference):
     def snapshot():
         return {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.name != ".lock"}
 
     before = snapshot()
-    result = commands.run(*arguments(reference))
-    assert "complete" in result.stderr
+    assert "is complete: 2 epochs. Nothing to do." in start(reference)
     assert snapshot() == before
 
 
+def stop(process, workdir, number):
+    """Sends a signal, after which the process must end with 75, its step saved."""
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75, errors
+    assert "run the same command again" in errors.splitlines()[-1]
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["status"] == "preempted"
+    assert checkpoint.whole_steps(workdir / "checkpoints")[-1] == summary["step"] < STEPS
+    return summary["step"]
+
+
 @pytest.mark.parametrize("seed", range(67 if "FFL_LONG_FAULTS" in os.environ else 1))
-def test_killed_at_random_moments(commands, reference, tmp_path, seed):
-    """SIGKILL three times: two while training, at random steps, and once anywhere from the start on."""
+def test_killed_and_stopped_at_random_moments(commands, start, reference, tmp_path, seed):
+    """SIGTERM, SIGKILL, SIGINT and SIGKILL, while training at random steps, or anywhere from the start on."""
     random_numbers = random.Random(seed)
-    steps = iter(sorted(random_numbers.sample(range(8, STEPS - 20), 2)))
-    for kill in range(3):
+    steps = sorted(random_numbers.sample(range(8, STEPS - 20), 3))
+    for number, step in zip(
+        (signal.SIGTERM, signal.SIGKILL, None, signal.SIGINT), (*steps[:2], None, steps[2]), strict=True
+    ):
         process = commands.start(*arguments(tmp_path))
-        if kill == 1:
+        if number is None:
             time.sleep(random_numbers.uniform(0, 2))
         else:
-            wait_for_step(tmp_path, next(steps), process)
+            wait_for_step(tmp_path, step, process)
             time.sleep(random_numbers.uniform(0, 0.2))  # into a save, a step or an evaluation
         assert process.poll() is None
-        process.kill()
-        process.communicate()
-    result = commands.run(*arguments(tmp_path))
-    assert "Continuing from step" in result.stderr
-    assert_same_run(tmp_path, reference)
-
-
-def test_signals_save_and_end_with_75(commands, reference, tmp_path):
-    for number, step in ((signal.SIGTERM, 14), (signal.SIGINT, 49)):
-        process = commands.start(*arguments(tmp_path))
-        wait_for_step(tmp_path, step, process)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
-        assert process.returncode == 75, errors
-        assert "run the same command again" in errors.splitlines()[-1]
-        summary = json.loads((tmp_path / "summary.json").read_text())
-        assert summary["status"] == "preempted"
-        # Not a step was lost: the signal's own step is saved.
-        assert step <= checkpoint.whole_steps(tmp_path / "checkpoints")[-1] == summary["step"] < STEPS
-    commands.run(*arguments(tmp_path))
+        if number in (signal.SIGTERM, signal.SIGINT):
+            # Not a step was lost: the signal's own step is saved.
+            assert stop(process, tmp_path, number) >= step
+        else:
+            process.kill()
+            process.communicate()
+    assert "Continuing from step" in start(tmp_path)
     assert_same_run(tmp_path, reference)
 
 
@@ -200,56 +218,55 @@ def test_signal_before_training(commands, tmp_path, seconds, number):
 
 
 def test_continues_on_another_number_of_devices(commands, tmp_path):
-    flags = ("-m", "ffl_jax.main", f"--workdir={tmp_path}", "--config.optimizer.schedule=constant")
+    flags = (*UNDRAWN, "--config=configs/digits.py:network=tiny", f"--workdir={tmp_path}")
+    flags += ("--config.optimizer.schedule=constant",)
     commands.run(*flags, "--config.epochs=1", devices=4)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    result = commands.run(*flags, "--config.epochs=2", devices=2)
-    assert "Continuing from step 23 of 46" in result.stderr
-    run = checkpoint.load_run(tmp_path / "checkpoints", 46)
+    result = commands.run(*flags, "--config.epochs=3", devices=2)
+    assert "Continuing from step 23 of 69" in result.stderr
+    run = checkpoint.load_run(tmp_path / "checkpoints", 69)
     assert run["devices"] == 2
     after = (tmp_path / "metrics.jsonl").read_bytes()
     assert after.startswith(before)
     losses = [json.loads(line).get("loss") for line in after.splitlines()]
-    first, second = [loss for loss in losses if loss]
-    assert second < 0.6 * first  # it went on from there
+    first, _, last = [loss for loss in losses if loss]
+    assert last < 0.6 * first  # it went on from there
 
 
-def test_another_run_is_refused(commands, reference):
+def test_another_run_is_refused(start, reference):
     before = (reference / "metrics.jsonl").read_bytes()
     other = ("--config.seed=7", "--config.optimizer.learning_rate=0.05", "--config.subnetworks.num=3")
-    result = commands.run(*arguments(reference), *other, code=4)
-    error = result.stderr.splitlines()[-1]
-    assert "config.seed: 0 in the checkpoint, 7 now" in error
-    assert "config.optimizer.learning_rate: 0.1 in the checkpoint, 0.05 now" in error
-    assert "config.subnetworks.num: 2 in the checkpoint, 3 now" in error
+    with pytest.raises(errors.CheckpointError) as refused:
+        start(reference, *other)
+    for text in (
+        "config.seed: 0 in the checkpoint, 7 now",
+        "config.optimizer.learning_rate: 0.1 in the checkpoint, 0.05 now",
+        "config.subnetworks.num: 2 in the checkpoint, 3 now",
+    ):
+        assert text in str(refused.value)
     assert (reference / "metrics.jsonl").read_bytes() == before
 
 
-def test_two_runs_in_one_folder_are_refused(commands, tmp_path):
-    flags = (
-        *MAIN,
-        "--config=configs/digits.py:network=tiny",
-        f"--workdir={tmp_path}",
-        "--config.epochs=9999",
-    )
-    first = commands.start(*flags)
+def test_two_runs_in_one_folder_are_refused(commands, start, tmp_path):
+    first = commands.start(*arguments(tmp_path), "--config.epochs=9999")
     wait_for_step(tmp_path, 7, first)
-    commands.run(*flags, code=4)
+    with pytest.raises(errors.CheckpointError, match="another"):
+        start(tmp_path, "--config.epochs=9999")
     assert first.poll() is None
     first.kill()
     first.communicate()
 
 
-def test_damaged_checkpoint_is_set_aside(commands, reference, tmp_path):
+def test_damaged_checkpoint_is_set_aside(start, reference, tmp_path):
     """The newest step with one flipped bit: the run falls back to the one before, and still ends the same."""
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
     largest = max((tmp_path / f"checkpoints/{STEPS}").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    result = commands.run(*arguments(tmp_path))
-    assert "damaged" in result.stderr
-    assert f"Continuing from step {STEPS - 5}" in result.stderr
+    said = start(tmp_path)
+    assert "damaged" in said
+    assert f"Continuing from step {STEPS - 5}" in said
     assert_same_run(tmp_path, reference)
     assert (tmp_path / f"checkpoints/quarantine/{STEPS}").is_dir()
 
@@ -265,12 +282,12 @@ def test_divergence_ends_with_5(commands, tmp_path):
     assert not checkpoint.whole_steps(tmp_path / "checkpoints")
 
 
-def test_evaluate_repeats_the_summary(commands, reference, capsys):
+def test_evaluate_repeats_the_summary(reference, capsys):
     before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
-    result = commands.run(*command("evaluate"), f"--workdir={reference}")
+    evaluate.command(["evaluate", f"--workdir={reference}"])
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
     predictors = json.loads((reference / "summary.json").read_text())["predictors"]
-    rows = [line.split("|") for line in result.stdout.splitlines() if line.startswith("| ")]
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     rows = rows[2 : 2 + len(predictors)]  # of the first table
     assert {row[1].strip(): row[2].strip() for row in rows} == {
         name: f"{100 * scores['top1']:.2f}" for name, scores in predictors.items()
