@@ -10,14 +10,14 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import equations
+from conftest import draw_model, equations, first_state, write_run
 
 from configs import digits
 from ffl_jax import data, methods
 from ffl_jax.deployment import exporting
 from ffl_jax.devices import backend, parallel, preemption, timing
 from ffl_jax.errors import Preempted
-from ffl_jax.training import cost, loop, scoring, vectorize
+from ffl_jax.training import cost, loop, scoring, teachers, vectorize
 from ffl_jax.training.experiment import Experiment
 
 
@@ -36,6 +36,14 @@ def dataset():
     """The digits, with 400 images to train on."""
     whole = data.load(configuration().data)
     return dataclasses.replace(whole, train=whole.train.take(np.arange(len(whole.train)) < 400))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The run of a teacher; that one is trained first is seen elsewhere."""
+    workdir = tmp_path_factory.mktemp("teacher")
+    write_run(workdir, teachers.teacher_config(configuration("kd", 1), 0), 8, dataset())
+    return str(workdir)
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +70,20 @@ def vmap_is_faster(monkeypatch, timed=False):
 @pytest.mark.parametrize(
     ("method", "num_seeds"), [(name, 1 + index % 2) for index, name in enumerate(methods.METHODS)]
 )
-def test_every_method_trains_and_is_evaluated(method, num_seeds, tmp_path, monkeypatch):
-    asked = vmap_is_faster(monkeypatch)
+def test_every_method_trains_and_is_evaluated(method, num_seeds, teacher, tmp_path, monkeypatch):
+    def drawn(experiment):
+        shape = experiment.image_shape
+        variables = draw_model(experiment.method, shape)
+        return first_state(experiment.method, experiment.optimizers, shape, *variables)
+
+    asked, config = vmap_is_faster(monkeypatch), configuration(method, num_seeds)
+    if "teachers" in config:
+        config.teachers.runs = [teacher]
+    monkeypatch.setattr(Experiment, "initial_state", drawn)  # nothing is compiled for it
     # What it costs is counted on the plain program, as everywhere.
     monkeypatch.setattr(cost, "training_flops", lambda experiment: 1.0)
     monkeypatch.setattr(cost, "prediction_costs", lambda method, *_: {name: {} for name in method.roles()})
-    summary = loop.train(configuration(method, num_seeds), tmp_path / "run", dataset())
+    summary = loop.train(config, tmp_path / "run", dataset())
     assert summary["status"] == "completed"
     assert asked == ([num_seeds] if len(summary["networks"]) > 1 else [])
     scores = np.array([one["nll"] for one in summary["predictors"].values()])
@@ -76,7 +92,7 @@ def test_every_method_trains_and_is_evaluated(method, num_seeds, tmp_path, monke
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])
-def test_stopped_continued_evaluated_and_exported(num_seeds, tmp_path, monkeypatch):
+def test_stopped_continued_evaluated_and_exported(num_seeds, traced_once, tmp_path, monkeypatch):
     """Stopped after one step of two, it ends with the bits of a run that was left alone."""
     ran = vmap_is_faster(monkeypatch, timed=True)
     config = configuration(num_seeds=num_seeds)

@@ -129,12 +129,12 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
-def write_run(workdir, config, step=69):
+def write_run(workdir, config, step=69, dataset=None):
     """A run of random variables in `workdir`, as if it had been trained; returns its experiment and state.
 
-    No class is certain: logits are small.
+    No class is certain: logits are small. `dataset` is that of the configuration unless it is given.
     """
-    experiment = Experiment(config, data.load(config.data))
+    experiment = Experiment(config, dataset or data.load(config.data))
     method, shape = experiment.method, experiment.image_shape
     params, model_state = draw_model(method, shape)
     params = jax.tree_util.tree_map_with_path(
