@@ -22,11 +22,13 @@ from ffl_jax.workdir.log import read_metrics
 
 SEEDS = (3, 4)
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 def configuration(num_seeds=2, seed=3, **settings):
     """KDCL has a view for each sub-network and learns from the validation split: seeds keep all apart."""
     config = digits.get_config("network=tiny,method=kdcl,epochs=2")
-    config.update(seed=seed, num_seeds=num_seeds, batch_size=128, log_every_steps=5)
+    config.update(seed=seed, num_seeds=num_seeds, batch_size=128, log_every_steps=2)
     config.data.validation_examples = 100
     config.checkpoint.every_steps = 4
     # Rounding grows from step to step, faster at the higher rates at which such a network still learns.
@@ -45,16 +47,23 @@ def final_state(workdir):
 
 
 @pytest.fixture(scope="module")
-def joint(tmp_path_factory):
+def joint(traced_once, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("joint")
     return workdir, loop.train(configuration(), workdir)
 
 
-def test_each_seed_equals_its_single_run(joint, tmp_path):
+@pytest.fixture(scope="module")
+def single(traced_once, tmp_path_factory):
+    """{seed: (workdir, summary)} of each seed alone."""
+    workdirs = {seed: tmp_path_factory.mktemp(str(seed)) for seed in SEEDS}
+    return {seed: (path, loop.train(configuration(1, seed), path)) for seed, path in workdirs.items()}
+
+
+def test_each_seed_equals_its_single_run(joint, single):
     workdir, summary = joint
     for index, seed in enumerate(SEEDS):
-        own, alone = workdir / f"seed_{seed}", tmp_path / str(seed)
-        single = loop.train(configuration(1, seed), alone)
+        own = workdir / f"seed_{seed}"
+        alone, single_summary = single[seed]
         state, expected = final_state(own), final_state(alone)
         for (path, leaf), wanted in zip(
             jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
@@ -63,8 +72,8 @@ def test_each_seed_equals_its_single_run(joint, tmp_path):
         lines, wanted_lines = (read_metrics(one / "metrics.jsonl")[0] for one in (own, alone))
         assert_same_lines(lines, wanted_lines, {"train": 128, "validation": 100, "test": 360})
         own_summary = files.read_json(own / "summary.json")
-        assert own_summary["seed"] == single["seed"] == summary["seed"][index] == seed
-        assert own_summary["predictors"].keys() == single["predictors"].keys()
+        assert own_summary["seed"] == single_summary["seed"] == summary["seed"][index] == seed
+        assert own_summary["predictors"].keys() == single_summary["predictors"].keys()
         assert checkpoint.whole_steps(own / "checkpoints") == checkpoint.whole_steps(alone / "checkpoints")
 
 
@@ -148,15 +157,15 @@ def test_stopped_and_killed_seeds_continue_with_the_same_bits(joint, tmp_path, m
         loop.train(configuration(), tmp_path)
 
 
-def test_vectorized_seeds_give_the_same_numbers(tmp_path):
+def test_vectorized_seeds_give_the_same_numbers(single, tmp_path, monkeypatch):
     """In the first two steps; rounding grows in those that follow."""
-    settings = {"epochs": 1, "log_every_steps": 2, "subnetworks.execution": "loop"}
-    with backend.as_accelerator():
-        loop.train(configuration(**settings), tmp_path / "joint")
+    with backend.as_accelerator(), monkeypatch.context() as patch:
+        stopped_at(2, patch)
+        with pytest.raises(Preempted):
+            loop.train(configuration(**{"subnetworks.execution": "loop"}), tmp_path)
     for seed in SEEDS:
-        loop.train(configuration(1, seed, **settings), tmp_path / str(seed))
         line, expected = (
-            read_metrics(tmp_path / one / "metrics.jsonl")[0][0] for one in (f"joint/seed_{seed}", str(seed))
+            read_metrics(one / "metrics.jsonl")[0][0] for one in (tmp_path / f"seed_{seed}", single[seed][0])
         )
         assert line.keys() == expected.keys()
         assert line["step"] == 2
