@@ -27,7 +27,7 @@ def configuration():
 
 
 @pytest.fixture(scope="module")
-def heard(tmp_path_factory):
+def heard(tmp_path_factory, traced_once):
     """A run, its summary, and all that a callback was told, which spoils what it is given."""
     workdir, lines = tmp_path_factory.mktemp("run"), []
 

@@ -115,15 +115,20 @@ def relative(actual, expected):
 
 
 class Sides:
-    """`nn.relu` that first puts chosen activations on the given side of zero, gradients included."""
+    """`nn.relu` that first puts chosen activations of a step on the given side of zero, gradients included.
 
-    def __init__(self, sides):
-        self.sides, self.calls = sides, 0
+    `step` may be traced, so that one program serves all steps.
+    """
+
+    def __init__(self, sides, step):
+        self.sides, self.step, self.calls = sides, step, 0
 
     def __call__(self, x):
-        for index, side in ((index, side) for call, index, side in self.sides if call == self.calls):
-            distance = jax.lax.stop_gradient(side * 1e-9 - x[index])
-            x = x.at[index].add(jnp.where(jnp.abs(distance) < 4e-6, distance, jnp.nan))
+        for at, call, index, side in self.sides:
+            if call == self.calls:
+                distance = jax.lax.stop_gradient(side * 1e-9 - x[index])
+                moved = jnp.where(jnp.abs(distance) < 4e-6, distance, jnp.nan)
+                x = x.at[index].add(jnp.where(self.step == at, moved, 0))
         self.calls += 1
         return jax.nn.relu(x)
 
@@ -195,14 +200,16 @@ def test_trajectory(name, num, classes, monkeypatch):
         params, statistics = jax.tree.map(jnp.asarray, import_state(part(arrays, "init/"), num))
         made = make_training(method, params, statistics)
         optimizer, opt_state = made.optimizers["loss"], made.state.opt_state["loss"]
-        programs = {}  # by the sides: a step without a chosen activation needs no program of its own
+
+        @jax.jit
+        def program(params, statistics, inputs, step):
+            with monkeypatch.context() as patch:
+                patch.setattr(nn, "relu", Sides(SIDES[name], step))
+                return loss_and_gradient(method, params, statistics, inputs)
+
         for step in range(3):
             inputs = part(arrays, f"step{step}/")
-            sides = [(call, index, side) for at, call, index, side in SIDES[name] if at == step]
-            program = programs.setdefault(str(sides), jax.jit(functools.partial(loss_and_gradient, method)))
-            monkeypatch.setattr(nn, "relu", Sides(sides))
-            (value, (ce, kd, outputs, statistics)), gradients = program(params, statistics, inputs)
-            monkeypatch.undo()
+            (value, (ce, kd, outputs, statistics)), gradients = program(params, statistics, inputs, step)
             check_step(value, ce, kd, outputs, inputs)
             if step == 0:
                 check_gradients(gradients, arrays)
@@ -215,7 +222,8 @@ def test_trajectory(name, num, classes, monkeypatch):
                 assert sketch_difference(pick(params, key), expected) < 1e-5, key
         statistics = check_statistics(statistics, final)
         images = inputs["images"].transpose(0, 2, 3, 1)
-        outputs = method.apply({"params": params, "batch_stats": statistics}, images, train=False)
+        apply = jax.jit(functools.partial(method.apply, train=False))
+        outputs = apply({"params": params, "batch_stats": statistics}, images)
         assert relative(outputs["logits"], arrays["eval/logits"]) < 1e-4
         assert relative(outputs["fused_logits"], arrays["eval/fused"]) < 1e-4
 
@@ -245,13 +253,17 @@ def check_statistics(ours, final):
 
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_first_step_in_float32(vectorize):
-    """What a run computes: float32, looped or vmapped; of K = 2, since K = 3 hangs on one ReLU, see above."""
+    """What a run computes: float32, looped, with a user's options, or vmapped, as on accelerators.
+
+    Of K = 2, since K = 3 hangs on one ReLU, see above.
+    """
     name, num, classes = CASES[0]
     arrays = load(name)
     method = make_method(num, classes, vectorize)
     state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), import_state(part(arrays, "init/"), num))
     inputs = part(arrays, "step0/")
-    step = jax.jit(functools.partial(loss_and_gradient, method), compiler_options=AS_USERS)
+    options = None if vectorize else AS_USERS
+    step = jax.jit(functools.partial(loss_and_gradient, method), compiler_options=options)
     (value, (ce, kd, outputs, _)), gradients = step(*state, inputs)
     check_step(value, ce, kd, outputs, inputs)
     check_gradients(gradients, arrays)

@@ -13,12 +13,7 @@ from ffl_jax.training import loop, teachers
 from ffl_jax.workdir import files
 from ffl_jax.workdir.log import read_metrics
 
-
-@pytest.fixture(autouse=True, scope="module")
-def undrawn():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.curves, "draw_curves", lambda *_, **__: None)  # pictures take seconds
-        yield
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 def configuration(**settings):
@@ -64,7 +59,7 @@ def early(**settings):
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory, undrawn):
+def ended(tmp_path_factory, traced_once):
     workdir = tmp_path_factory.mktemp("early")
     return workdir, loop.train(early(), workdir)
 
