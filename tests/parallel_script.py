@@ -98,7 +98,7 @@ def ffl():
     made = Steps(config, 4)
     results = {}
     for mode in parallel.MODES:
-        for devices in (1, 2, 4, 8) if mode == "pmap" else (1, 8):
+        for devices in (1, 8):
             runner = parallel.Parallel(mode, devices)
             trained = made.trained(runner)
             copies = [

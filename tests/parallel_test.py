@@ -30,8 +30,7 @@ def results(commands, tmp_path_factory):
 @pytest.mark.parametrize(
     ("run", "alone"),
     [
-        *(((mode, devices), (mode, 1)) for mode, devices in (("pmap", 2), ("pmap", 4), ("pmap", 8))),
-        (("shard_map", 8), ("shard_map", 1)),
+        *(((mode, 8), (mode, 1)) for mode in parallel.MODES),
         (("mesh", 8), ("shard_map", 1)),
         (("mesh_second", 8), ("second", 1)),
     ],

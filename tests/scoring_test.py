@@ -17,7 +17,7 @@ SCRIPT = pathlib.Path(scoring_script.__file__)
 @pytest.fixture(scope="module")
 def results(commands, tmp_path_factory):
     path = tmp_path_factory.mktemp("evaluation") / "results.json"
-    commands.run(SCRIPT, path, devices=8)
+    commands.run(SCRIPT, path, devices=4)
     return json.loads(path.read_text())
 
 
