@@ -358,9 +358,8 @@ def whole(start, **keys):
     return config
 
 
-def test_a_frozen_run_is_told_and_continues_with_the_same_bits(tmp_path, monkeypatch, caplog):
+def test_a_frozen_run_is_told_and_continues_with_the_same_bits(traced_once, tmp_path, caplog):
     """Two seeds, continued from within the epoch that is frozen; what is left can be started from in turn."""
-    monkeypatch.setattr(loop.curves, "draw_curves", lambda *_, **__: None)
     config = digits_config.get_config("network=tiny,method=independent")
     config.subnetworks.num = 1
     write_run(tmp_path / "start", config)

@@ -103,7 +103,7 @@ def final_state(workdir, config):
     return checkpoint.restore(directory, checkpoint.find(directory), abstract)
 
 
-def test_one_command_trains_all_and_continues(tmp_path, monkeypatch, caplog):
+def test_one_command_trains_all_and_continues(traced_once, tmp_path, monkeypatch, caplog):
     """Stopped in the second of two teachers, continued; then the student needs their folders no more."""
     caplog.set_level(logging.INFO)
     config = configuration(teachers="tiny+tiny_wide", log_every_steps=9)

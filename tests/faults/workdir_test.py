@@ -419,7 +419,7 @@ def settings(epochs):
     return config
 
 
-def test_all_at_once_in_a_real_run(tmp_path, monkeypatch, caplog):
+def test_all_at_once_in_a_real_run(traced_once, tmp_path, monkeypatch, caplog):
     loop.train(settings(1), tmp_path)
     before = read_metrics(tmp_path / "metrics.jsonl")[0]
     for fault in (
