@@ -37,7 +37,7 @@ def test_every_part_on_digits(run):
     text, results = run(
         "--config=configs/digits.py:network=tiny,method=independent",
         "--executions=loop,vmap",
-        "--nums=3",
+        "--nums=2",
         "--precisions=float32",
         "--batch_sizes=32",
         "--seeds=1",
@@ -48,7 +48,7 @@ def test_every_part_on_digits(run):
     rows = results["rows"]
     found = [(row["what"], row["execution"], row["num"], row["batch_size"]) for row in rows]
     assert {row["num_seeds"] for row in rows} == {1}
-    grid = [("training step", mode, 3, 32) for mode in ("loop", "vmap")]
+    grid = [("training step", mode, 2, 32) for mode in ("loop", "vmap")]
     rest = [("evaluation step", "loop", 2, 360), ("input, on the device", "loop", 2, 64)]
     assert found == [*grid, *rest, ("training loop", "loop", 2, 64)]
     for row in rows:
@@ -65,14 +65,14 @@ def test_every_part_on_digits(run):
 
 def test_numbers_of_networks_and_seeds_multiply(run):
     arguments = ("--config=configs/digits.py:network=tiny,method=independent", "--parts=step")
-    _, results = run(*arguments, "--nums=1,3", "--seeds=1,2")
+    _, results = run(*arguments, "--nums=1,2", "--seeds=1,3")
     rows = results["rows"]
-    assert [(row["num"], row["num_seeds"]) for row in rows] == [(1, 1), (1, 2), (3, 1), (3, 2)]
+    assert [(row["num"], row["num_seeds"]) for row in rows] == [(1, 1), (1, 3), (2, 1), (2, 3)]
     for row in rows:
         images = 64 * row["num_seeds"]
         assert row["images_per_second"] == pytest.approx(1e3 * images / row["milliseconds"])
-    assert 2.8 < rows[2]["flops"] / rows[0]["flops"] < 3.1
-    assert 1.9 < rows[1]["flops"] / rows[0]["flops"] < 2.1
+    assert 1.9 < rows[2]["flops"] / rows[0]["flops"] < 2.1
+    assert 2.8 < rows[1]["flops"] / rows[0]["flops"] < 3.1
 
 
 def test_peaks_are_those_of_this_age():
