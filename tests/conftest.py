@@ -196,12 +196,12 @@ class Commands:
 def pytest_collection_modifyitems(items):
     """The longest files first, so that the processes end together."""
     slow = (
-        *("accelerator_test", "train_test", "method_test", "seeds_test", "parallel_methods_test"),
-        *("processes_test", "main_test", "own_method_test", "export_test"),
-        *("data_streaming_test", "bench_test", "teachers_test", "golden_test", "ffsd_test", "parallel_test"),
-        *("launch_test", "precision_test", "import_weights_test", "models_test", "scoring_test"),
-        *("report_test",),
-        *("mfef_test", "kdcl_test", "afd_test", "feed_test", "models_mobile_test", "okddip_test", "ffl_test"),
+        *("accelerator_test", "train_test", "method_test", "parallel_methods_test", "seeds_test"),
+        *("bench_test", "processes_test", "export_test", "ffsd_test", "own_method_test", "main_test"),
+        *("recipe_run_test", "golden_test", "finetune_test", "data_streaming_test", "precision_test"),
+        *("mfef_test", "afd_test", "models_mobile_test", "teachers_test", "parallel_test", "kdcl_test"),
+        *("launch_test", "import_weights_test", "models_test", "scoring_test", "report_test"),
+        *("feed_test", "okddip_test", "ffl_test"),
     )
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
 
