@@ -81,6 +81,7 @@ def test_every_method_trains_and_is_evaluated(method, num_seeds, teacher, tmp_pa
         config.teachers.runs = [teacher]
     monkeypatch.setattr(Experiment, "initial_state", drawn)  # nothing is compiled for it
     # What it costs is counted on the plain program, as everywhere.
+    monkeypatch.setattr(cost, "tell_memory", lambda *_: None)
     monkeypatch.setattr(cost, "training_flops", lambda experiment: 1.0)
     monkeypatch.setattr(cost, "prediction_costs", lambda method, *_: {name: {} for name in method.roles()})
     summary = loop.train(config, tmp_path / "run", dataset())

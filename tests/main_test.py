@@ -8,12 +8,12 @@ import subprocess
 import numpy as np
 import pytest
 from absl import flags
-from conftest import MAIN
+from conftest import UNDRAWN
 from PIL import Image
 
 from configs import digits
 from ffl_jax import main
-from ffl_jax.errors import ConfigError, DatasetError
+from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 from ffl_jax.training import loop
 
 
@@ -126,16 +126,15 @@ def test_dataset_errors(refused, tmp_path):
     assert str(broken) in run(tmp_path / "small")
 
 
-def test_own_folder_end_to_end(commands, tmp_path):
+def test_own_folder_end_to_end(commands, refused, tmp_path):
     """Trains, then changed data is refused."""
     make_tree(tmp_path / "data")
-    arguments = (*MAIN, "--config=configs/folder.py:network=tiny,epochs=1", "--config.batch_size=4")
+    arguments = ("--config=configs/folder.py:network=tiny,epochs=1", "--config.batch_size=4")
     arguments += (f"--config.data.data_dir={tmp_path}/data", f"--workdir={tmp_path}/run")
-    commands.run(*arguments)
+    commands.run(*UNDRAWN, *arguments)
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "completed"
     Image.new("RGB", (36, 40)).save(tmp_path / "data/train/cat/0.png")
-    result = commands.run(*arguments, code=4)
-    assert "dataset: fingerprint" in result.stderr
+    assert "dataset: fingerprint" in refused(CheckpointError, *arguments)
 
 
 def test_different_networks_side_by_side(tmp_path):

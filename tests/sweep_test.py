@@ -8,7 +8,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import MAIN, ROOT
+from conftest import ROOT, UNDRAWN
 
 from ffl_jax import sweep
 from ffl_jax.devices import preemption
@@ -148,7 +148,7 @@ def test_refusals_come_before_the_first_run(arguments, message, started, monkeyp
 
 def test_a_real_sweep_is_reported_and_complete(cache, monkeypatch, tmp_path, capfd):
     """Two seeds of one network alone; then a third is added, and the others are not started again."""
-    monkeypatch.setattr(sweeps, "_PROGRAM", [sys.executable, *MAIN])
+    monkeypatch.setattr(sweeps, "_PROGRAM", [sys.executable, *UNDRAWN])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache / "jax"))
