@@ -34,7 +34,7 @@ def run(commands, tmp_path_factory):
     """Its workdir."""
     workdir = tmp_path_factory.mktemp("runs") / "choir"
     config = ("--config=configs/digits.py:method=choir,network=plain,epochs=4", "--config.modules=choir")
-    more = ("--config.data.name=stripes", "--config.evaluation.every_epochs=1", f"--workdir={workdir}")
+    more = ("--config.data.name=stripes", "--config.evaluation.every_epochs=4", f"--workdir={workdir}")
     commands.run("-m", "ffl_jax.main", *config, *more, cwd=OWN)
     return workdir
 

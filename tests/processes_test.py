@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import MAIN, assert_same_lines
+from conftest import MAIN, UNDRAWN, assert_same_lines
 
 from ffl_jax.devices import processes
 from ffl_jax.errors import ConfigError, ResourceError
@@ -15,14 +15,14 @@ from ffl_jax.workdir import files
 from ffl_jax.workdir.log import read_metrics
 
 ARGUMENTS = (
-    *(*MAIN, "--config=configs/digits.py:network=tiny,epochs=2"),
+    "--config=configs/digits.py:network=tiny,epochs=2",
     *("--config.batch_size=128", "--config.log_every_steps=4", "--config.evaluation.every_epochs=2"),
     # Rounding grows from step to step, faster at higher rates.
     *("--config.optimizer.learning_rate=0.01", "--config.parallel.mode=shard_map"),
 )
 
 
-def start(commands, workdir, *arguments):
+def start(commands, workdir, main=UNDRAWN):
     """Both processes; the second is given a folder that does not exist, and is not to make it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -35,7 +35,7 @@ def start(commands, workdir, *arguments):
             "JAX_PROCESS_ID": str(index),
         }
         folder = workdir if index == 0 else workdir / "nowhere"
-        command = (*ARGUMENTS, *arguments, "--distributed", f"--workdir={folder}")
+        command = (*main, *ARGUMENTS, "--distributed", f"--workdir={folder}")
         both.append(commands.start(*command, env=variables))
     return both
 
@@ -50,7 +50,7 @@ def finish(both, codes):
 @pytest.fixture(scope="module")
 def alone(commands, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
-    commands.run(*ARGUMENTS, f"--workdir={workdir}", devices=2)
+    commands.run(*UNDRAWN, *ARGUMENTS, f"--workdir={workdir}", devices=2)
     return workdir
 
 
@@ -77,7 +77,7 @@ def test_two_processes_stop_together_continue_and_equal_one(commands, alone, tmp
     summary = files.read_json(tmp_path / "summary.json")
     assert summary["status"] == "preempted"
     assert steps[0] == f"step {summary['step']} is saved"
-    (told, _), (silent, errors) = finish(start(commands, tmp_path), [0, 0])
+    (told, _), (silent, errors) = finish(start(commands, tmp_path, MAIN), [0, 0])
     assert_same(tmp_path, alone)
     assert "completed: test top-1" in told
     assert "completed" not in silent
