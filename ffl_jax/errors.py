@@ -63,6 +63,8 @@ def of_system(error: OSError, where: str | os.PathLike = "") -> ResourceError:
     Args: where: the place in question, where the error itself names none.
     """
     place = where or error.filename
+    if not place and error.errno == errno.ENOENT:  # so only says the system of where a command is started
+        return ResourceError("cannot use the current folder: it is gone; change to another, then run again")
     place = os.fsdecode(place) if isinstance(place, str | bytes | os.PathLike) else "the system"
     reason = error.strerror or str(error) or type(error).__name__
     advice = _ADVICE.get(error.errno or 0, "look at that place, or name another one")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ffl_jax import cli
+from ffl_jax import cli, errors
 from ffl_jax.workdir import paths
 
 
@@ -63,3 +63,12 @@ def test_who_else_ends_the_process_is_no_success(code, commands):
     script = f"import sys; from ffl_jax import cli; cli.run(lambda argv: sys.exit({code!r}))"
     result = commands.run("-c", script, code=2)
     assert result.stderr == f"error: a module called sys.exit({code!r}): only the command ends itself.\n"
+
+
+def test_the_folder_it_is_started_in_may_be_gone(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(OSError, match="No such file") as gone:
+        os.getcwd()
+    assert str(errors.of_system(gone.value)).startswith("cannot use the current folder: it is gone;")

@@ -121,3 +121,16 @@ def test_absurd_accuracies_are_drawn(top1):
     """Of a damaged file; what would leave an axis with nothing is not cut off."""
     for name in ("accuracy", "curves", "cost"):
         drawn(name, [make_group("ffl", 2, top1)])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit"), [(0.4, "seconds"), (90, "seconds"), (5000, "minutes"), (9e4, "hours")]
+)
+def test_times_of_training_are_in_the_unit_of_the_longest(seconds, unit):
+    groups = [make_group(method, 1) for method in ("ffl", "dml")]
+    for group, share in zip(groups, (1, 1 / 3), strict=True):
+        group.runs[0].summary["training"] = {"seconds": seconds * share}
+    axes = drawn("cost", groups).axes[-1]
+    assert axes.get_xlabel() == f"{unit}, all starts together"
+    longest = axes.collections[0].get_offsets()[:, 0].max()
+    assert longest == pytest.approx(seconds / {"seconds": 1, "minutes": 60, "hours": 3600}[unit])

@@ -318,16 +318,24 @@ def _running_cost(axes, points, groups, theme):
     axes.legend(loc="lower right")
 
 
+# The first that the longest training takes two of.
+_UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+
+
 def _training_cost(axes, training, groups, theme):
     shown = [group for group in groups if group in training]
     key = training[shown[0]][0]
-    x = np.array([training[group][1] / (1 if key == "flops" else 3600) for group in shown])
+    x = np.array([training[group][1] for group in shown])
+    unit = "FLOPs"
+    if key != "flops":
+        name, seconds = next(pair for pair in _UNITS if pair[1] <= max(x.max() / 2, 1))
+        x, unit = x / seconds, f"{name}, all starts together"
     y = np.array([100 * group.top1 for group in shown])
     alone = [group.method == BASELINE for group in shown]
     colors = [theme.reference if one else theme.accent for one in alone]
     axes.scatter(x, y, s=24, c=colors, linewidths=0, zorder=3)
     axes.set(title="What its training took", ylabel="test top-1, %")
-    axes.set_xlabel("FLOPs" if key == "flops" else "hours, all starts together")
+    axes.set_xlabel(unit)
     axes.set_xscale("log")
     plain_ticks(axes, x)
     axes.margins(x=0.1, y=0.08)
