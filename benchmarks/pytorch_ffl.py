@@ -1,12 +1,16 @@
 """The yardstick: one FFL training step in plain PyTorch, timed as `python -m ffl_jax.bench` times ours.
 
-    python benchmarks/pytorch_ffl.py [--batch_size=128] [--depth=32] [--num=2] [--device=cpu] [--compile]
+    python benchmarks/pytorch_ffl.py [--batch_size=128] [--depth=32] [--wide] [--num=2] [--device=cpu]
+                                     [--compile] [--bfloat16] [--channels_last]
 
-The same networks (K ResNets for CIFAR that share all but their last stage), fusion module, losses and SGD as
-`configs/cifar100.py`; one batch of random images stays on the device. Needs torch, which ffl_jax does not.
+The same networks (K ResNets for CIFAR, or with --wide WRNs of width 2, that share all but their last stage),
+fusion module, losses and SGD as `configs/cifar100.py`; one batch of random images stays on the device. Needs
+torch, which ffl_jax does not.
 """
 
 import argparse
+import copy
+import functools
 import json
 import statistics
 import time
@@ -34,28 +38,53 @@ class BasicBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-def stage(blocks, channels, features, stride):
-    first = BasicBlock(channels, features, stride)
-    return nn.Sequential(first, *(BasicBlock(features, features, 1) for _ in range(blocks - 1)))
+class PreActivationBlock(nn.Module):
+    def __init__(self, channels, features, stride):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, features, 3, 1, 1)
+        self.norm2 = nn.BatchNorm2d(features)
+        self.conv2 = nn.Conv2d(features, features, 3, stride, 1)
+        self.shortcut = nn.Identity()
+        if stride != 1 or channels != features:
+            self.shortcut = nn.Conv2d(channels, features, 1, stride)
+
+    def forward(self, x):
+        y = self.conv1(F.relu(self.norm1(x)))
+        return self.conv2(F.relu(self.norm2(y))) + self.shortcut(x)
+
+
+def stage(block, blocks, channels, features, stride):
+    first = block(channels, features, stride)
+    return nn.Sequential(first, *(block(features, features, 1) for _ in range(blocks - 1)))
 
 
 class FFL(nn.Module):
-    def __init__(self, blocks, num, classes):
+    def __init__(self, depth, wide, num, classes):
         super().__init__()
-        stem = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.trunk = nn.Sequential(stem, stage(blocks, 16, 16, 1), stage(blocks, 16, 32, 2))
-        self.branches = nn.ModuleList(stage(blocks, 32, 64, 2) for _ in range(num))
-        self.heads = nn.ModuleList(nn.Linear(64, classes) for _ in range(num))
-        wide = 64 * num
+        if wide:
+            make = functools.partial(stage, PreActivationBlock, (depth - 4) // 6)
+            stem, (first, second, last) = nn.Conv2d(3, 16, 3, 1, 1), (32, 64, 128)
+            end = (nn.BatchNorm2d(last), nn.ReLU())
+        else:
+            make = functools.partial(stage, BasicBlock, (depth - 2) // 6)
+            stem = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+            (first, second, last), end = (16, 32, 64), ()
+        self.trunk = nn.Sequential(stem, make(16, first, 1), make(first, second, 2))
+        self.branches = nn.ModuleList(
+            nn.Sequential(make(second, last, 2), *copy.deepcopy(end)) for _ in range(num)
+        )
+        self.heads = nn.ModuleList(nn.Linear(last, classes) for _ in range(num))
+        wide = last * num
         self.fusion = nn.Sequential(
             nn.Conv2d(wide, wide, 3, 1, 1, groups=wide, bias=False),
             nn.BatchNorm2d(wide),
             nn.ReLU(),
-            nn.Conv2d(wide, 64, 1, bias=False),
-            nn.BatchNorm2d(64),
+            nn.Conv2d(wide, last, 1, bias=False),
+            nn.BatchNorm2d(last),
             nn.ReLU(),
         )
-        self.fused_head = nn.Linear(64, classes)
+        self.fused_head = nn.Linear(last, classes)
 
     def forward(self, images):
         shared = self.trunk(images)
@@ -80,6 +109,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--depth", type=int, default=32)
+    parser.add_argument("--wide", action="store_true", help="a pre-activation wide ResNet of width 2")
     parser.add_argument("--num", type=int, default=2)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--device", default="cpu")
@@ -92,7 +122,7 @@ def main():
     device = torch.device(arguments.device)
     torch.manual_seed(0)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
-    model = FFL((arguments.depth - 2) // 6, arguments.num, arguments.classes)
+    model = FFL(arguments.depth, arguments.wide, arguments.num, arguments.classes)
     model = model.to(device, memory_format=layout)
     images = torch.randn(arguments.batch_size, 3, 32, 32, device=device).to(memory_format=layout)
     labels = torch.randint(arguments.classes, (arguments.batch_size,), device=device)
@@ -125,6 +155,7 @@ def main():
             {
                 "program": "PyTorch " + torch.__version__ + (" compiled" if arguments.compile else " eager"),
                 "device": name,
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "precision": "bfloat16" if arguments.bfloat16 else "float32",
                 "batch_size": arguments.batch_size,
                 "first_block_seconds_a_step": round(first, 4),
