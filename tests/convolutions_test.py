@@ -135,25 +135,28 @@ def test_vectorized_equals_one_after_another(name):
 
 
 @pytest.mark.parametrize("own_input", [True, False])
-@pytest.mark.parametrize(("name", "up_to"), [("stem", 512), ("stem", 12), ("stem", 1), ("strided", 512)])
-def test_copies_on_accelerators_are_one_convolution(name, up_to, own_input, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "up_to", "copies"),
+    [("stem", 512, 3), ("stem", 12, 3), ("stem", 1, 3), ("stem", 512, 1), ("strided", 512, 3)],
+)
+def test_copies_on_accelerators_are_one_convolution(name, up_to, copies, own_input, monkeypatch):
     """Runs of copies, each as by itself, in parts of so many channels; none is a grouped convolution."""
     monkeypatch.setattr(convolutions, "_TOGETHER_UP_TO", up_to)
     (x, k, gradient), _, call = case(**CASES[name])
-    factors = np.array([[1.0, -2.0, 0.5], [3.0, 0.25, -1.5]])  # of two runs of three copies
+    factors = np.array([[1.0, -2.0, 0.5], [3.0, 0.25, -1.5]])[:, :copies]  # of two runs
     xs, ks, gradients = (np.multiply.outer(factors, a) for a in (x, k, gradient))
     if not own_input:
         xs = xs[:, 0]
 
-    def copies(x, k, gradient):
+    def one_run(x, k, gradient):
         y, pullback = jax.vjp(jax.vmap(call, (0 if own_input else None, 0)), x, k)
         return y, *pullback(gradient)
 
     with jax.enable_x64(True), backend.as_accelerator():
-        program = jax.jit(jax.vmap(copies)).lower(*map(jnp.asarray, (xs, ks, gradients)))
+        program = jax.jit(jax.vmap(one_run)).lower(*map(jnp.asarray, (xs, ks, gradients)))
         y, dx, dk = program.compile()(xs, ks, gradients)
     assert set(re.findall(r"(?:feature|batch)_group_count = (\d+)", program.as_text())) == {"1"}
-    for i, j in np.ndindex(2, 3):
+    for i, j in np.ndindex(2, copies):
         own = factors[i, j if own_input else 0] * x
         with jax.enable_x64(True):
             wanted = run(call, own, ks[i, j], gradients[i, j])

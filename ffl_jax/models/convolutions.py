@@ -216,14 +216,16 @@ def _of_copies(alone, together, channels, x, y):
     def of_copies(copies, batched, x, y):
         if not batched[1]:  # one kernel: the copies are more images
             return jax.vmap(alone, (0, None))(x, y), True
-        most = max(1, _TOGETHER_UP_TO // channels) if batched[0] else copies
+        own = batched[0]
+        most = max(1, _TOGETHER_UP_TO // channels) if own else copies
         results = []
         for first in range(0, copies, most):
-            some = [a[first : first + most] if own else a for a, own in ((x, batched[0]), (y, True))]
+            some = slice(first, first + most)
             if most > 1:
-                results.append(together(batched[0], *some))
+                results.append(together(own, x[some] if own else x, y[some]))
             else:
-                results.append(_of_copies(alone, together, channels, some[0][0], some[1][0])[None])
+                one = _of_copies(alone, together, channels, x[first] if own else x, y[first])
+                results.append(one[None])
         return jnp.concatenate(results), True
 
     return function(x, y)
