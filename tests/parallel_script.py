@@ -81,9 +81,10 @@ def every_method():
 
 
 def recipe():
-    """{"lamb DEVICES LEAF": array} with mixed, smoothed, weighted labels and clipped gradients."""
+    """{"lamb DEVICES LEAF": array} with mixed, smoothed, weighted labels, clipped gradients and averages."""
     config = configured("independent")
     config.optimizer.update(name="lamb", clip_norm=0.01)
+    config.ema_decay = 0.9
     mixed = Recipe(CLASSES, tuple(0.1 * k for k in range(CLASSES)), 0.1, 0.8, 1.0)
     made, results = Steps(config, 3, recipe=mixed), {}
     for devices in (1, 8):

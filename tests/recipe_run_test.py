@@ -24,6 +24,7 @@ def configuration(**settings):
     config.mixing.update(mixup_alpha=0.8, cutmix_alpha=1.0)
     config.data.update(sampling="balanced", policy="trivial", erasing=0.25)
     config.optimizer.update(name="lamb", clip_norm=1.0, learning_rate=0.01)
+    config.ema_decay = 0.9
     config.update_from_flattened_dict(settings)
     return config
 
@@ -31,7 +32,8 @@ def configuration(**settings):
 def test_a_stopped_run_continues_with_the_same_bits(tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     summary = loop.train(configuration(), whole)
-    assert summary["predictors"]["sub_0"]["nll"][0] != summary["predictors"]["sub_0"]["nll"][1]
+    for name in ("sub_0", "ema_sub_0"):
+        assert summary["predictors"][name]["nll"][0] != summary["predictors"][name]["nll"][1]
     with monkeypatch.context() as patch:
         stopped_at(3, patch)
         with pytest.raises(Preempted):

@@ -61,7 +61,9 @@ def _architecture(x) -> bool:
         return False
     if "network" in x:
         return _text(x["network"]) and len(x) == 2
-    sections = {key: value for key, value in x.items() if key != "num_classes"}
+    if not _number(0, 1)(x.get("ema_decay", 0)):
+        return False
+    sections = {key: value for key, value in x.items() if key not in ("num_classes", "ema_decay")}
     if not {"method", "subnetworks"} <= sections.keys() <= {"method", "subnetworks", "teachers"}:
         return False
     counted = [section for key, section in sections.items() if key != "method"]

@@ -242,6 +242,8 @@ def describe(restored: scoring.Restored, name: str | None = None) -> tuple[dict,
             key: sections[key] for key in ("method", "subnetworks", "teachers") if key in sections
         }
         architecture["num_classes"] = num_classes
+        if config.ema_decay:  # which versions before did not know
+            architecture["ema_decay"] = config.ema_decay
     scores = None
     if restored.run["evaluated_step"] == restored.step:
         scores = restored.run["scores"].get("test", {}).get("predictions", {}).get(name)

@@ -86,7 +86,8 @@ def _method(architecture) -> nn.Module:
     sections["subnetworks"] |= {"execution": "loop", "remat": False}
     if "teachers" in sections:
         sections["teachers"] = types.SimpleNamespace(**sections["teachers"])
-    return methods.build(types.SimpleNamespace(**sections), architecture["num_classes"])
+    config = types.SimpleNamespace(**sections, ema_decay=architecture.get("ema_decay", 0.0))
+    return methods.build(config, architecture["num_classes"])
 
 
 def weights(function: Callable, variables: Any, image_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Methods of online distillation, one file each. Importing a file registers its method's name."""
 
 import dataclasses
+import functools
 
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import afd as afd
@@ -17,6 +18,7 @@ from ffl_jax.methods import okddip as okddip
 from ffl_jax.methods import one as one
 from ffl_jax.methods import pcl as pcl
 from ffl_jax.methods import subnetworks
+from ffl_jax.methods.averaging import averaging
 from ffl_jax.methods.base import METHODS, Method
 from ffl_jax.models import NETWORKS
 from ffl_jax.registry import check_choice, nearest
@@ -39,7 +41,9 @@ def takes_teachers(name: str) -> bool:
 
 
 def build(config, num_classes: int) -> Method:
-    """The method that the sections `method`, `subnetworks` and `teachers` of a configuration describe.
+    """The method that `method`, `subnetworks`, `teachers` and `ema_decay` of a configuration describe.
+
+    The last two may be missing.
 
     Raises:
       ConfigError: a name or a hyper-parameter is unknown, or parts do not go together.
@@ -61,6 +65,9 @@ def build(config, num_classes: int) -> Method:
         networks.pop(key, None)
     check_choice("config.subnetworks.execution", execution, EXECUTIONS)
     networks = subnetworks.build(num_classes=num_classes, vectorize=execution == "vmap", **networks)
-    method = METHODS[name](networks, num_classes, **settings)
+    decay, cls = getattr(config, "ema_decay", 0.0), METHODS[name]
+    if decay:
+        cls = functools.partial(averaging(cls), average_decay=decay)
+    method = cls(networks, num_classes, **settings)
     method.check()
     return method

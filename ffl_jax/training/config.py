@@ -121,6 +121,8 @@ def check(config: ConfigDict):
             raise ConfigError(f"config.{key} must be at most {bound}, got {values[key]}.")
     if config.seed + config.num_seeds > 2**32:
         raise ConfigError(f"config.seed must be below 2^32, that of the last run too, got {config.seed}.")
+    if config.ema_decay > 1:
+        raise ConfigError(f"config.ema_decay must be in 0..1, got {config.ema_decay}.")
     if values.get("method.temperature") == 0:
         raise ConfigError(f"config.method.temperature must be > 0, got {values['method.temperature']}.")
     if values.get("method.smoothing", 0) >= 1:

@@ -65,6 +65,8 @@ def every_key(method: str) -> ConfigDict:
         "probability": 1.0,  # that a batch is mixed
         "cutmix_share": 0.5,  # of the mixed batches, where both are on
     }
+    # Above 0: averages of all that is trained, and of batch statistics, are predictions `ema_NAME` too.
+    config.ema_decay = 0.0
     config.precision = "float32"  # or bfloat16, for all but parameters, batch statistics and losses
     config.method = {"name": method, **methods.hyper_parameters(method)}
     config.subnetworks = {

@@ -114,9 +114,11 @@ def zero_record(method, params, model_state, image_shape):
 
 @functools.partial(jax.jit, static_argnames=("method", "image_shape"))  # for its cache of shapes
 def _logged(method, params, model_state, image_shape):
-    variables = {"params": params, **model_state}
-    outputs = method.apply(variables, jnp.zeros((1, *image_shape)), train=False)
-    labels = jnp.zeros((1,), jnp.int32)
+    variables, labels = {"params": params, **model_state}, jnp.zeros((1,), jnp.int32)
+    rngs = {"dropout": jax.random.key(0)}
+    images = jnp.zeros((1, *image_shape))
+    # In training, where a method may have fewer predictions than in evaluation.
+    outputs, _ = method.apply(variables, images, train=True, mutable=list(model_state), rngs=rngs)
     objectives, others = method.objectives(outputs, labels, jnp.float32(0))
     together = (objectives | others).items()
     named = {name: term if isinstance(term, Term) else Term(term) for name, term in together}

@@ -82,6 +82,7 @@ def teacher_config(config: ConfigDict, index: int) -> ConfigDict:
     teacher.subnetworks.update(start=(), start_digests=(), freeze_epochs=0.0, statistics="adapted")
     teacher.subnetworks.update(dropout=0.0, drop_path=0.0)
     teacher.optimizer.layer_decay = 1.0
+    teacher.ema_decay = 0.0  # a student learns from what teachers ship
     # Each is one network of one run, which cannot be spread.
     teacher.parallel.update(subnetworks=1, seeds=1)
     if config.teachers.epochs not in (0, config.epochs):
