@@ -11,7 +11,9 @@ from jax.interpreters import partial_eval
 
 from ffl_jax.devices import backend
 
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}  # where a call keeps its content
+# Where a call keeps its content.
+_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+_CALLS |= {"custom_vjp_call": "call_jaxpr", "custom_vmap_call": "call"}
 
 
 def fold(function: Callable, variables: Any) -> Callable[[jax.Array], jax.Array]:
