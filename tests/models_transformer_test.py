@@ -10,10 +10,12 @@ import numpy as np
 import onnxruntime
 import pytest
 from conftest import draw_variables
+from onnxruntime.quantization import quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from configs import common
 from ffl_jax import methods
-from ffl_jax.deployment import folding, onnx_operations
+from ffl_jax.deployment import folding, onnx_operations, stablehlo
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods import METHODS
 from ffl_jax.methods.subnetworks import Mixed, Stacked, build
@@ -237,18 +239,32 @@ def test_methods_take_them(name, network, monkeypatch):
 
 
 @pytest.mark.parametrize("family", NETS)
-def test_onnx_computes_the_same(family):
-    """The program of an export, for any number of images."""
+def test_exports_compute_the_same(family, tmp_path):
+    """The programs of an export, for any number of images; in int8 by the recipe of docs/deploy.md, about."""
     network, variables, _, _ = golden(family, "timm")
     shape = (*NETS[family][1], 3)
 
     def logits(variables, images):
         return network.apply(variables, images.astype(jnp.float32) / 255, train=False).logits
 
-    model = onnx_operations.convert(folding.fold(logits, variables), shape)
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    for batch in (1, 3):
-        images = np.random.default_rng(batch).integers(256, size=(batch, *shape), dtype=np.uint8)
-        expected = np.asarray(jax.jit(logits)(variables, images))
-        (found,) = session.run(None, {"images": images})
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    folded, draw = folding.fold(logits, variables), np.random.default_rng(1).integers
+    model = onnx_operations.convert(folded, shape).SerializeToString()
+    (batch,) = jax.export.symbolic_shape("batch")
+    any_images = jax.ShapeDtypeStruct((batch, *shape), np.uint8)
+    program = jax.export.export(jax.jit(folded), platforms=stablehlo.PLATFORMS)(any_images)
+    program = jax.export.deserialize(bytearray(program.serialize()))
+    calibration = iter(draw(256, size=(32, 1, *shape), dtype=np.uint8))
+    reader = type("Images", (), {"get_next": lambda _: next(({"images": x} for x in calibration), None)})
+    (tmp_path / "float.onnx").write_bytes(model)
+    names = [str(tmp_path / f"{name}.onnx") for name in ("float", "prepared", "int8")]
+    quant_pre_process(*names[:2], skip_symbolic_shape=True)
+    quantize_static(*names[1:], reader(), per_channel=True)
+    sessions = [onnxruntime.InferenceSession(one) for one in (model, names[2])]
+    images = draw(256, size=(16, *shape), dtype=np.uint8)
+    expected = np.asarray(jax.jit(logits)(variables, images))
+    exact, rough = (session.run(None, {"images": images})[0] for session in sessions)
+    one = sessions[0].run(None, {"images": images[:1]})[0]
+    scale = np.abs(expected).max()
+    for found in (exact, one, jax.jit(program.call)(images)):
+        np.testing.assert_allclose(found, expected[: len(found)], rtol=0, atol=1e-5 * scale)
+    assert np.sqrt(np.square(rough - expected).mean()) < 0.1 * scale

@@ -29,7 +29,9 @@ def read(path: str | Path, given: str = "--input") -> dict[str, np.ndarray]:
     except (FFLError, PermissionError):
         raise
     except Exception as error:  # zipfile, zlib, pickle, safetensors and PyTorch have a dozen types
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        if " " not in reason:  # a key that was looked up, or nothing
+            reason = f"{type(error).__name__} {reason}".strip()
         raise CheckpointError(f"{path} cannot be read: {reason}; download it again.") from error
 
 
