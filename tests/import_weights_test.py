@@ -529,3 +529,16 @@ def test_refusals_of_the_command(tmp_path):
     with contextlib.suppress(SystemExit):
         convert("--help")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("error", "reason"), [(KeyError(101), "KeyError 101"), (EOFError(), "EOFError")])
+def test_a_reason_is_more_than_a_key(error, reason, tmp_path, monkeypatch):
+    """PyTorch's reader of older files looks the first letter up: of a page saved by mistake, "h"."""
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(reading, "_read_npz", fail)
+    (tmp_path / "weights.npz").touch()
+    with pytest.raises(CheckpointError, match=rf"weights\.npz cannot be read: {reason}; download"):
+        reading.read(tmp_path / "weights.npz")
