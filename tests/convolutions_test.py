@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import equations
 
 from ffl_jax.devices import backend
-from ffl_jax.models import convolutions
+from ffl_jax.models import convolutions, convolutions_of_copies
 
 CASES = {
     "stem": dict(shape=(4, 8, 9, 3), kernel=(3, 3, 3, 5)),
@@ -141,7 +142,7 @@ def test_vectorized_equals_one_after_another(name):
 )
 def test_copies_on_accelerators_are_one_convolution(name, up_to, copies, own_input, monkeypatch):
     """Runs of copies, each as by itself, in parts of so many channels; none is a grouped convolution."""
-    monkeypatch.setattr(convolutions, "_TOGETHER_UP_TO", up_to)
+    monkeypatch.setattr(convolutions_of_copies, "_MOST_CHANNELS", up_to)
     (x, k, gradient), _, call = case(**CASES[name])
     factors = np.array([[1.0, -2.0, 0.5], [3.0, 0.25, -1.5]])[:, :copies]  # of two runs
     xs, ks, gradients = (np.multiply.outer(factors, a) for a in (x, k, gradient))
@@ -179,3 +180,25 @@ def test_accelerators_get_the_convolutions_of_xla(monkeypatch):
         assert convolutions_of_xla() == 3
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert convolutions_of_xla() == 3
+
+
+def test_a_precision_that_is_asked_for_is_kept_on_accelerators():
+    """With its gradients; by default it is the backend's."""
+    x, k = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 3))
+
+    def loss(x, k, precision):
+        y = convolutions.conv_general_dilated(
+            *(x, k, (1, 1), [(1, 1)] * 2),
+            precision=precision,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y.sum()
+
+    with backend.as_accelerator():
+        for precision, times in ((None, 0), ("highest", 3)):
+            program = jax.make_jaxpr(jax.grad(loss, (0, 1)), static_argnums=2)(x, k, precision)
+            convolved = [
+                one for one in equations(program.jaxpr) if one.primitive.name == "conv_general_dilated"
+            ]
+            assert sum("HIGHEST" in str(one.params["precision"]) for one in convolved) == times
+            assert len(convolved) == 3

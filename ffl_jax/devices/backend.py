@@ -19,6 +19,11 @@ def is_cpu() -> bool:
     return jax.default_backend() == "cpu" and not _made_for.get()
 
 
+def is_accelerator() -> bool:
+    """Whether what is traced now is made for an accelerator, and need not serve any machine."""
+    return not (is_cpu() or is_plain())
+
+
 def is_plain() -> bool:
     """Whether nothing shall stand in for XLA's own operations."""
     return _made_for.get() == "anything"

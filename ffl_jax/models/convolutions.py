@@ -5,7 +5,7 @@ What stands in the place of XLA's own gives the same numbers within rounding:
 | on accelerators | by |
 | --- | --- |
 | a convolution alone, or in groups | XLA |
-| of several kernels by `vmap`: XLA makes groups of them | `_together`: one of a block-diagonal kernel |
+| of several kernels by `vmap`: XLA makes groups of them | `convolutions_of_copies`: a block-diagonal kernel |
 
 XLA's CPU backend takes 1.3 to ten times as long as it must for all but narrow forward passes:
 
@@ -30,16 +30,15 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from ffl_jax.devices import backend
+from ffl_jax.models import convolutions_of_copies
+from ffl_jax.models.convolutions_of_copies import DIMENSIONS
 
-_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Of the operands of one matrix product, in bytes: what stays in a core's cache.
 _CHUNK_BYTES = 3 << 20
 # The side from which on patches that do not overlap are one matrix product.
 _PATCH = 4
 # Channels from which on unstrided convolutions are made by rows.
 _ROWS_FROM = 32
-# Channels of the copies that stand side by side: with more, too many products are with zeros.
-_TOGETHER_UP_TO = 512
 # Of a depthwise kernel: more of them are a loop, since 49 taps of a program take seconds to compile.
 _UNROLLED_ROWS = 5
 
@@ -64,13 +63,14 @@ def conv_general_dilated(
     strides, groups = tuple(window_strides), feature_group_count
     dilated = any(settings.get(key) not in (None, (1, 1)) for key in ("lhs_dilation", "rhs_dilation"))
     usual = x.ndim == 4 and not isinstance(padding, str) and not dilated
-    if usual and groups == 1 and not (backend.is_cpu() or backend.is_plain()):
-        return _together(strides, tuple(tuple(pair) for pair in padding), x, kernel)
-    if not usual or _left_to_xla(x):
+    own_kernels = groups == 1 and settings.get("precision") is None
+    if not usual or (_left_to_xla(x) and not (own_kernels and backend.is_accelerator())):
         return lax.conv_general_dilated(
             x, kernel, strides, padding, feature_group_count=feature_group_count, **settings
         )
     padding = tuple(tuple(pair) for pair in padding)
+    if backend.is_accelerator():
+        return convolutions_of_copies.convolution(strides, padding, x, kernel)
     if strides == kernel.shape[:2] and groups == 1 and min(strides) >= _PATCH and not np.any(padding):
         return _patches(x, kernel)
     # One kernel for each channel has no matrix product in it: it is a sum of shifted products.
@@ -130,124 +130,6 @@ class ConvTranspose(nn.Module):
         return conv_transpose(*promote_dtype(x, kernel), self.strides, self.padding)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _together(strides, padding, x, kernel):
-    """XLA's convolution, which `vmap` over kernels turns into one of the channels of all copies side by side.
-
-    Most of the products that it adds are with zeros, and yet it takes a half to a quarter of the time of a
-    grouped convolution on a GPU, for maps of few channels are read and written more slowly than products are
-    made of them. Copies that share their input have no zeros among them.
-    """
-    call = functools.partial(_plain, strides, padding)
-
-    def together(own_input, x, kernel):
-        side_by_side = _block_diagonal(kernel) if own_input else _joined(kernel)
-        return _parted(_together(strides, padding, _joined(x) if own_input else x, side_by_side), len(kernel))
-
-    return _of_copies(call, together, max(kernel.shape[2:]), x, kernel)
-
-
-def _together_forward(strides, padding, x, kernel):
-    return _together(strides, padding, x, kernel), (x, kernel)
-
-
-def _together_backward(strides, padding, saved, gradient):
-    x, kernel = saved
-    with jax.named_scope("input_gradient"):
-        by_input = _together_input_gradient(strides, padding, x.shape, gradient, kernel)
-    with jax.named_scope("kernel_gradient"):
-        return by_input, _together_kernel_gradient(strides, padding, kernel.shape, x, gradient)
-
-
-_together.defvjp(_together_forward, _together_backward)
-
-
-def _together_input_gradient(strides, padding, shape, gradient, kernel):
-    """The gradient of the input [B, H, W, D] of `_together`."""
-
-    def alone(gradient, kernel):
-        of_input = functools.partial(_plain, strides, padding, kernel=kernel)
-        return jax.linear_transpose(of_input, jax.ShapeDtypeStruct(shape, gradient.dtype))(gradient)[0]
-
-    def together(own_gradient, gradient, kernel):
-        copies = len(kernel)
-        gradient = _joined(
-            gradient if own_gradient else jnp.broadcast_to(gradient, (copies, *gradient.shape))
-        )
-        wide = (*shape[:3], copies * shape[3])
-        diagonal = _block_diagonal(kernel)
-        return _parted(_together_input_gradient(strides, padding, wide, gradient, diagonal), copies)
-
-    return _of_copies(alone, together, max(kernel.shape[2:]), gradient, kernel)
-
-
-def _together_kernel_gradient(strides, padding, shape, x, gradient):
-    """The gradient of the kernel [h, w, D, E] of `_together`."""
-
-    def alone(x, gradient):
-        of_kernel = functools.partial(_plain, strides, padding, x)
-        return jax.linear_transpose(of_kernel, jax.ShapeDtypeStruct(shape, gradient.dtype))(gradient)[0]
-
-    def together(own_input, x, gradient):
-        copies, (height, width, channels, features) = len(gradient), shape
-        inputs = copies if own_input else 1
-        wide = (height, width, inputs * channels, copies * features)
-        found = _together_kernel_gradient(
-            strides, padding, wide, _joined(x) if own_input else x, _joined(gradient)
-        )
-        found = found.reshape(height, width, inputs, channels, copies, features)
-        return jnp.stack([found[:, :, i if own_input else 0, :, i] for i in range(copies)])
-
-    return _of_copies(alone, together, max(shape[2:]), x, gradient)
-
-
-def _plain(strides, padding, x, kernel):
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_DIMENSIONS)
-
-
-def _of_copies(alone, together, channels, x, y):
-    """`alone(x, y)`, which under `vmap` is `together(whether the copies have their own x, x, y)`.
-
-    `together` gets as many copies at a time as `_TOGETHER_UP_TO` allows of `channels` each.
-    """
-    function = jax.custom_batching.custom_vmap(alone)
-
-    @function.def_vmap
-    def of_copies(copies, batched, x, y):
-        if not batched[1]:  # one kernel: the copies are more images
-            return jax.vmap(alone, (0, None))(x, y), True
-        own = batched[0]
-        most = max(1, _TOGETHER_UP_TO // channels) if own else copies
-        results = []
-        for first in range(0, copies, most):
-            some = slice(first, first + most)
-            if most > 1:
-                results.append(together(own, x[some] if own else x, y[some]))
-            else:
-                one = _of_copies(alone, together, channels, x[first] if own else x, y[first])
-                results.append(one[None])
-        return jnp.concatenate(results), True
-
-    return function(x, y)
-
-
-def _joined(x):
-    """[K, ..., D] -> [..., K * D], copy by copy."""
-    return jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
-
-
-def _parted(x, copies):
-    """[..., K * D] -> [K, ..., D]."""
-    return jnp.moveaxis(x.reshape(*x.shape[:-1], copies, -1), -2, 0)
-
-
-def _block_diagonal(kernel):
-    """[K, h, w, D, E] -> [h, w, K * D, K * E], zero where the copies differ."""
-    copies, height, width, channels, features = kernel.shape
-    apart = jnp.moveaxis(kernel, 0, 2)[..., None, :] * jnp.eye(copies, dtype=kernel.dtype)[:, None, :, None]
-    return apart.reshape(height, width, copies * channels, copies * features)
-
-
 def _patches(x, kernel):
     """The convolution whose strides are its kernel's sides: its patches are rows of a matrix."""
     height, width, channels, features = kernel.shape
@@ -261,7 +143,7 @@ def _convolution(strides, padding, x, kernel):
     wide = kernel.shape[0] > 1 and min(kernel.shape[2:]) >= _ROWS_FROM
     if wide and strides == (1, 1) and min(map(min, padding)) >= 0:
         return _by_rows(padding, x, kernel)
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_DIMENSIONS)
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=DIMENSIONS)
 
 
 def _by_rows(padding, x, kernel):
