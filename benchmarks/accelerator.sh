@@ -18,7 +18,10 @@ measure() { # NAME SECONDS COMMAND...: a failure is said, and the rest goes on
     timeout "$2" "${@:3}" 2>"$folder/$1.log" || { failed=1; echo "failed: $(tail -n 1 "$folder/$1.log")"; }
 }
 bench() { measure "$1" "$2" "$python" -m ffl_jax.bench --synthetic=100 --json="$folder/$1.json" "${@:3}"; }
-peer() { measure "$1" 120 "$python" benchmarks/pytorch_ffl.py --device=cuda --batch_size="${batches%%,*}" "${@:2}"; }
+peer() {
+    measure "$1" 120 "$python" benchmarks/pytorch_ffl.py --device=cuda --batch_size="${batches%%,*}" \
+        --json="$folder/$1.json" "${@:2}"
+}
 
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 bench kernels 120 "$@" --parts=kernels --config.subnetworks.execution=loop
@@ -35,8 +38,6 @@ bench loop 150 "$@" --parts=loop,evaluation,input --config.subnetworks.execution
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
 results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem != "results"}
-for path in folder.glob("report.md"):
-    results["pytorch"] = [json.loads(line) for line in path.read_text().splitlines() if line.startswith('{"program"')]
 (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 EOF
 echo && echo "written to $folder"

@@ -1,7 +1,7 @@
 """The yardstick: one FFL training step in plain PyTorch, timed as `python -m ffl_jax.bench` times ours.
 
     python benchmarks/pytorch_ffl.py [--batch_size=128] [--depth=32] [--wide] [--num=2] [--device=cpu]
-                                     [--compile] [--bfloat16] [--channels_last]
+                                     [--compile] [--bfloat16] [--channels_last] [--json=FILE]
 
 The same networks (K ResNets for CIFAR, or with --wide WRNs of width 2, that share all but their last stage),
 fusion module, losses and SGD as `configs/cifar100.py`; one batch of random images stays on the device. Needs
@@ -118,6 +118,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--bfloat16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--channels_last", action="store_true")
+    parser.add_argument("--json", help="a file for what is printed")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
@@ -150,20 +151,20 @@ def main():
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     )
-    print(
-        json.dumps(
-            {
-                "program": "PyTorch " + torch.__version__ + (" compiled" if arguments.compile else " eager"),
-                "device": name,
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "precision": "bfloat16" if arguments.bfloat16 else "float32",
-                "batch_size": arguments.batch_size,
-                "first_block_seconds_a_step": round(first, 4),
-                "seconds_a_step": round(seconds, 5),
-                "images_per_second": round(arguments.batch_size / seconds, 1),
-            }
-        )
-    )
+    found = {
+        "program": "PyTorch " + torch.__version__ + (" compiled" if arguments.compile else " eager"),
+        "device": name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "precision": "bfloat16" if arguments.bfloat16 else "float32",
+        "batch_size": arguments.batch_size,
+        "first_block_seconds_a_step": round(first, 4),
+        "seconds_a_step": round(seconds, 5),
+        "images_per_second": round(arguments.batch_size / seconds, 1),
+    }
+    print(json.dumps(found))
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(found, file)
 
 
 if __name__ == "__main__":
