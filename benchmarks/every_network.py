@@ -19,9 +19,9 @@ import time
 import jax
 import numpy as np
 
-from ffl_jax.data import Dataset, Split
 from ffl_jax.deployment import exporting, load, predictor, stablehlo
 from ffl_jax.errors import FFLError
+from ffl_jax.measure import speed
 from ffl_jax.methods import METHODS
 from ffl_jax.models import NETWORKS
 from ffl_jax.training import config as config_lib
@@ -41,8 +41,8 @@ FAMILIES = ("resnet8", "wrn16_1_unbiased", "densenet_bc40_12", "vgg8", "mobilene
 FAMILIES += ("shufflenetv1", "vit_tiny_patch4", "convnext_tiny_patch2", "resnet18", "googlenet")
 
 
-def configuration(method: str, network: str):
-    """That of `method=METHOD,network=NETWORK`, small."""
+def configuration(method: str, network: str, side: int):
+    """That of `method=METHOD,network=NETWORK`, small, for images of `side` pixels."""
     config = get_config(f"method={method},network={network},recipe=common")
     least, most = METHODS[method].num
     config.subnetworks.num = max(least, min(2, most or 2))
@@ -52,16 +52,9 @@ def configuration(method: str, network: str):
     config.update({"batch_size": IMAGES, "epochs": 300})
     config.optimizer.learning_rate = 0.001
     config.data.update({"name": "noise", "pad": 0, "mean": (0.5,) * 3, "std": (0.25,) * 3})
+    config.data.image_size, config.evaluation.batch_size = side, IMAGES
     config_lib.check(config)
     return config
-
-
-def dataset(side: int) -> Dataset:
-    """Images of noise."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(256, size=(2 * IMAGES, side, side, 3), dtype=np.uint8)
-    split = Split(images, np.arange(2 * IMAGES, dtype=np.int32) % CLASSES)
-    return Dataset("noise", split, split, tuple(map(str, range(CLASSES))), "0" * 64)
 
 
 def drawn(state):
@@ -80,9 +73,9 @@ def drawn(state):
     return zeros.replace(params=params, model_state=model_state, rng=jax.random.key(0))
 
 
-def trained(config, side: int) -> scoring.Restored:
+def trained(config) -> scoring.Restored:
     """A checkpoint after two steps; raises AssertionError where a loss is not finite or a network stays."""
-    experiment = Experiment(config, dataset(side))
+    experiment = Experiment(config, speed.noise(config, CLASSES, 2 * IMAGES))
     method, state = experiment.method, drawn(experiment.abstract_state())
     first, step = state.variables, jax.jit(experiment.train_step)
     images, labels = experiment.dataset.train.images, experiment.dataset.train.labels
@@ -118,7 +111,7 @@ def cell(method: str, network: str) -> dict:
     """What came out: `works`, or `refused` or `failed` with the reason."""
     start, outcome = time.monotonic(), {"method": method, "network": network}
     try:
-        restored = trained(configuration(method, network), SIDES.get(network, 16))
+        restored = trained(configuration(method, network, SIDES.get(network, 16)))
         difference = export_difference(restored)
         assert difference <= 1e-5, f"the exported logits differ by {difference:.1e}"
         outcome |= {"outcome": "works", "difference": difference}

@@ -37,7 +37,13 @@ FREE_DATA_KEYS = (
     *("title", "data_dir", "manual_dir", "cache_dir", "cache_gigabytes", "workers", "accept_changes"),
 )
 # Numbers that cost time or memory before anything could be refused for its size.
-AT_MOST = {"subnetworks.num": 128, "teachers.num": 128, "teachers.generations": 128, "num_seeds": 1024}
+AT_MOST = {
+    "subnetworks.num": 128,
+    "teachers.num": 128,
+    "teachers.generations": 128,
+    "num_seeds": 1024,
+    "ema_decay": 1,
+}
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}
 
 
@@ -121,8 +127,6 @@ def check(config: ConfigDict):
             raise ConfigError(f"config.{key} must be at most {bound}, got {values[key]}.")
     if config.seed + config.num_seeds > 2**32:
         raise ConfigError(f"config.seed must be below 2^32, that of the last run too, got {config.seed}.")
-    if config.ema_decay > 1:
-        raise ConfigError(f"config.ema_decay must be in 0..1, got {config.ema_decay}.")
     if values.get("method.temperature") == 0:
         raise ConfigError(f"config.method.temperature must be > 0, got {values['method.temperature']}.")
     if values.get("method.smoothing", 0) >= 1:
