@@ -468,6 +468,26 @@ def test_nothing_but_operations_on_maps_is_left():
     np.testing.assert_allclose(fold(function, variables)(jnp.ones(3)), [9, 9, 9])
 
 
+def test_calls_with_rules_of_their_own_are_dissolved():
+    """A network of one's own may have derivatives and batches by its own rules; a file knows neither."""
+
+    @jax.custom_batching.custom_vmap
+    def doubled(x):
+        return 2 * x
+
+    doubled.def_vmap(lambda size, batched, x: (2 * x, *batched))
+
+    @jax.custom_vjp
+    def shifted(x, y):
+        return doubled(x) + y
+
+    shifted.defvjp(lambda x, y: (shifted(x, y), None), lambda _, gradient: (2 * gradient, gradient))
+    folded = fold(lambda variables, x: shifted(x, variables["bias"]), {"bias": jnp.ones(3)})
+    names = [one.primitive.name for one in jax.make_jaxpr(folded)(jnp.ones(3)).eqns]
+    assert sorted(names) == ["add", "mul"]
+    np.testing.assert_array_equal(folded(jnp.arange(3.0)), [1, 3, 5])
+
+
 def run_onnx(function, images, **options):
     from ffl_jax.deployment.onnx_operations import convert
 
