@@ -349,8 +349,8 @@ def test_damaged_datasets_are_dataset_errors(tmp_path, kind):
         ({"splits": {"test": [examples(3)]}}, "only test"),
         ({"features": {"image": FEATURES["image"]}, "supervised": False}, "features are image"),
         (
-            {"features": FEATURES | {"other": FEATURES["label"]}, "supervised": False},
-            r"as label, other: set config\.data\.label_key to one of them",
+            {"features": FEATURES | dict.fromkeys("edcba", FEATURES["label"]), "supervised": False},
+            r"as a, b, c, d, e, label: set config\.data\.label_key to one of them",
         ),
         (
             {"features": FEATURES | {"image": tfds.features.Image(shape=(None, None, 1), dtype=np.float32)}},

@@ -310,7 +310,8 @@ def _keys(config, info) -> tuple[str, str]:
 
     name = config.name
     types = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
-    features = dict(info.features.items()) if isinstance(info.features, tfds.features.FeaturesDict) else {}
+    # Read from a description, their order is that of a protobuf's map: another in each process.
+    features = dict(sorted(info.features.items())) if hasattr(info.features, "items") else {}
     found = {role: [key for key, one in features.items() if isinstance(one, types[role])] for role in types}
     supervised = info.supervised_keys or ()
     if [key in names for key, names in zip(supervised, found.values(), strict=False)] != [True, True]:
