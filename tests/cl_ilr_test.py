@@ -1,5 +1,7 @@
 """CL-ILR: its terms, its rescaled gradient and a whole step, against NumPy in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,8 +75,8 @@ def test_no_term_reaches_another_head_and_all_reach_the_trunk(step):
             assert (reference.largest(reference.branch(gradient, other)) > 0) == (other == k)
 
 
-def test_a_step(step):
-    """The trunk moves by a third of what its three heads send; they are not rescaled themselves."""
+def moved_by(step):
+    """The gradient by the parameters of `Step.method`, as if nothing were rescaled."""
     logits = np.asarray(step.outputs["logits"])
     _, _, by_logits = gradient_by_logits(logits, 2.0, 0.5, 0.5)
     plain = METHODS["independent"](step.method.subnetworks, 3)  # the same networks without the rescaling
@@ -85,10 +87,33 @@ def test_a_step(step):
         return outputs["logits"]
 
     _, pullback = jax.vjp(jax.jit(forward), step.params)
-    (gradients,) = pullback(by_logits)
-    own = gradients["subnetworks"]
+    return pullback(by_logits)[0]["subnetworks"]
+
+
+def test_a_step(step):
+    """The trunk moves by a third of what its three heads send; they are not rescaled themselves."""
+    own = moved_by(step)
     rescaled = {"trunk": jax.tree.map(lambda x: x / 3, own["trunk"]), "branches": own["branches"]}
     step.check_sgd({"subnetworks": rescaled}, nesterov=True)
+
+
+def test_a_step_of_a_tree():
+    """As in MCL-OKD: what two heads send to a limb is halved, and what two limbs send to the trunk again."""
+    step = reference.Step("method=cl_ilr,network=tiny", 4, subnetworks={"shared_stages": 1, "limbs": (2,)})
+    own = moved_by(step)
+    assert own.keys() == {"trunk", "limbs_1", "branches"}
+    ways = {"trunk": 4, "limbs_1": 2, "branches": 1}
+    rescaled = {part: jax.tree.map(lambda x, n=ways[part]: x / n, tree) for part, tree in own.items()}
+    step.check_sgd({"subnetworks": rescaled}, nesterov=True)
+
+
+@pytest.mark.parametrize(("settings", "count"), [({}, 1_553_248), ({"limbs": (2,)}, 1_642_016)])
+def test_parameters_of_both_forms(settings, count):
+    """ResNet-32 for 100 classes: OKDDip's heads on one trunk, and MCL-OKD's tree, counted in their codes."""
+    networks = build("resnet32", 4, 100, 1 if settings else 2, **settings)
+    init = functools.partial(networks.init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
 
 
 def test_recipe():
@@ -97,8 +122,8 @@ def test_recipe():
     assert (config.optimizer.weight_decay, config.optimizer.schedule) == (5e-4, "cosine")
 
 
-def make_method(num=3, network="tiny", shared_stages=2, **settings):
-    return METHODS["cl_ilr"](build(network, num, 3, shared_stages), 3, **settings)
+def make_method(num=3, network="tiny", shared_stages=2, limbs=(), **settings):
+    return METHODS["cl_ilr"](build(network, num, 3, shared_stages, limbs=limbs), 3, **settings)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +147,11 @@ def test_weight_is_constant_within_an_epoch(epoch, rampup_epochs, weight):
             {"network": "tiny+tiny_wide", "num": 2, "shared_stages": 0},
             r"CLILR does not mix different networks",
         ),
+        ({"limbs": (2,)}, r"limbs=\(2,\): each must .* divide subnetworks\.num=3"),
+        ({"num": 4, "limbs": (4, 2)}, r"each must be a whole number that divides the next one"),
+        ({"num": 4, "limbs": ("a",)}, r"limbs=\('a',\): each must be a whole number"),
+        ({"num": 4, "limbs": (2,)}, r"with shared_stages=2: set subnetworks\.shared_stages to 1\.\.1"),
+        ({"num": 4, "limbs": (2, 2)}, r"with shared_stages=2: name fewer limbs"),
         ({"num": 1}, r"CLILR takes at least 2 sub-network\(s\), got 1"),
     ],
 )

@@ -166,8 +166,11 @@ class Plain(Network):
         return nn.tanh(x) if index == 0 else x
 
 
-def plain(params, images):
-    """Logits [K, B, C], fused logits [B, C] and batch statistics in training, of views [K, B, H, W, 3]."""
+def plain(params, images, joint=True):
+    """Logits [K, B, C], fused logits [B, C] and batch statistics in training, of views [K, B, H, W, 3].
+
+    The trunk's statistics are a list: of all views together, or of one after another.
+    """
 
     def norm(x, params, axes):
         mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
@@ -176,12 +179,30 @@ def plain(params, images):
         return (x - mean) / np.sqrt(var + 1e-5) * scale + bias, statistics
 
     branches, head = params["subnetworks"]["branches"], params["ensemble_head"]["head"]
-    x, first = norm(images, params["subnetworks"]["trunk"]["norm1"], (0, 1, 2, 3))
-    x, second = norm(np.tanh(x), branches["norm2"], (1, 2, 3))
+    parts = [images] if joint else images[:, None]
+    normed, first = zip(
+        *[norm(part, params["subnetworks"]["trunk"]["norm1"], (0, 1, 2, 3)) for part in parts], strict=True
+    )
+    x, second = norm(np.tanh(np.concatenate(normed)), branches["norm2"], (1, 2, 3))
     features = x.mean((2, 3))
     logits = features @ branches["head"]["kernel"] + branches["head"]["bias"][:, None]
     fused = np.concatenate(list(features), -1) @ head["kernel"] + head["bias"]
-    return logits, fused, {"subnetworks": {"trunk": {"norm1": first}, "branches": {"norm2": second}}}
+    return logits, fused, [{"norm1": one} for one in first], {"norm2": second}
+
+
+def moved(statistics, trunk, branches):
+    """The running statistics after a step, by 0.1 for each of the trunk's: flax has 0.9 of the old."""
+
+    def move(old, new):
+        return jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, old, new)
+
+    old = statistics["subnetworks"]
+    return {
+        "subnetworks": {
+            "trunk": functools.reduce(move, trunk, old["trunk"]),
+            "branches": move(old["branches"], branches),
+        }
+    }
 
 
 def assert_close(actual, expected):
@@ -189,11 +210,12 @@ def assert_close(actual, expected):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9), actual, expected)
 
 
-def test_two_steps_of_the_recipe():
+@pytest.mark.parametrize("joint", [True, False])
+def test_two_steps_of_the_recipe(joint):
     """SGD, Nesterov 0.9, lr 0.1, decay 5e-4, from a copy that differs, in NumPy; gradients by differences."""
     config = common.get_config("method=pcl,network=tiny", "cifar100")
     with jax.enable_x64(True):
-        method = PCL(Stacked(Plain(4), 3, 1), 4, rampup_epochs=0.0)
+        method = PCL(Stacked(Plain(4), 3, 1), 4, rampup_epochs=0.0, joint_statistics=joint)
         rng = np.random.default_rng(3)
         images, labels = rng.normal(size=(3, 6, 3, 3, 3)), rng.integers(0, 4, 6)
         variables = draw_variables(method, images[0])
@@ -208,10 +230,11 @@ def test_two_steps_of_the_recipe():
     statistics = jax.tree.map(np.array, variables["batch_stats"])
     trace = jax.tree.map(np.zeros_like, expected)
     for decay in (0.0, 0.5):
-        (_, ensemble, new), (means, _, ema_new) = plain(expected, images), plain(ema["params"], images)
+        _, ensemble, *new = plain(expected, images, joint)
+        means, _, *ema_new = plain(ema["params"], images, joint)
 
         def loss(params, ensemble=ensemble, means=means):
-            logits, fused, _ = plain(params, images)
+            logits, fused, *_ = plain(params, images, joint)
             total = cross_entropy(fused, labels)
             for k in range(3):
                 total += cross_entropy(logits[k], labels) + kl_divergence(logits[k], ensemble, 3.0)
@@ -222,12 +245,12 @@ def test_two_steps_of_the_recipe():
         gradient = jax.tree.map(lambda g, p: g + 5e-4 * p, slopes(loss, expected), expected)
         trace = jax.tree.map(lambda t, g: 0.9 * t + g, trace, gradient)
         expected = jax.tree.map(lambda p, g, t: p - 0.1 * (g + 0.9 * t), expected, gradient, trace)
-        statistics = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, statistics, new)
+        statistics = moved(statistics, *new)
         ema = {
             "params": jax.tree.map(
                 lambda old, new, d=decay: d * old + (1 - d) * new, ema["params"], expected
             ),
-            "batch_stats": jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, ema["batch_stats"], ema_new),
+            "batch_stats": moved(ema["batch_stats"], *ema_new),
         }
     assert_close(state.params, expected)
     assert_close(state.model_state, {"batch_stats": statistics, "ema": ema})

@@ -81,15 +81,17 @@ class Step:
     """One step of a method on tiny networks with random variables, in float64.
 
     Attributes:
-      method, config: as `common.get_config` gives them for `arg`, with `settings` for the method.
+      method, config: as `common.get_config` gives them for `arg`, with `settings` for the method, and those
+        for its `subnetworks`.
       outputs: what the method computes at the start, as NumPy arrays.
       gradients: of its objective, by the parameters.
       params, new_params: before and after the step.
     """
 
-    def __init__(self, arg: str, num: int | None = None, **settings):
+    def __init__(self, arg: str, num: int | None = None, subnetworks=None, **settings):
         self.config = common.get_config(arg)
         self.config.method.update(settings)
+        self.config.subnetworks.update(subnetworks or {})
         if num is not None:
             self.config.subnetworks.num = num
         self.method = methods.build(self.config, CLASSES)

@@ -45,9 +45,15 @@ def train(module, variables, images):
     return outputs, statistics, gradients
 
 
-@pytest.mark.parametrize(("num", "shared_stages"), [(2, 0), (3, 2)])
-def test_vmap_equals_loop_and_both_equal_plain_networks(num, shared_stages):
-    loop, vmap = (build("resnet8", num, 10, shared_stages, vectorize) for vectorize in (False, True))
+def _taken(tree, k):
+    return jax.tree.map(lambda leaf: leaf[k], tree)
+
+
+@pytest.mark.parametrize(("num", "shared_stages", "limbs"), [(2, 0, ()), (3, 2, ()), (4, 1, (2,))])
+def test_vmap_equals_loop_and_both_equal_plain_networks(num, shared_stages, limbs):
+    loop, vmap = (
+        build("resnet8", num, 10, shared_stages, vectorize, limbs=limbs) for vectorize in (False, True)
+    )
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes(loop), shapes(vmap))
     with jax.enable_x64(True):
         variables, images = draw_variables(loop, draw_images()), draw_images()
@@ -73,17 +79,21 @@ def test_vmap_equals_loop_and_both_equal_plain_networks(num, shared_stages):
             expected = (output.logits, output.features, output.feature_map)
             chex.assert_trees_all_close(actual, expected, **TOLERANCE)
             chex.assert_trees_all_close(loop.extract({"": statistics}, k)[""], new_statistics, **TOLERANCE)
-            own = jax.tree.map(lambda leaf, k=k: leaf[k], gradients["branches"])
+            own = _taken(gradients["branches"], k)
             chex.assert_trees_all_close(own, {name: gradient[name] for name in own}, **TOLERANCE)
             if shared_stages:
                 trunk_map = output.feature_maps[shared_stages - 1]
                 chex.assert_trees_all_close(outputs[k].trunk_map, trunk_map, **TOLERANCE)
             else:
                 assert outputs[k].trunk_map is None
-        # The trunk's gradient is the sum of what the sub-networks send there.
-        for name, gradient in gradients.get("trunk", {}).items():
-            total = jax.tree.map(lambda *leaves: sum(leaves), *[one[2][name] for one in alone])
-            chex.assert_trees_all_close(gradient, total, **TOLERANCE)
+        # The gradient of what is shared is the sum of what the sub-networks send there.
+        shared = {"trunk": range(num)} if shared_stages else {}
+        shared |= {("limbs_1", limb): (2 * limb, 2 * limb + 1) for limb in range(2) if limbs}
+        for place, members in shared.items():
+            own = gradients[place] if place == "trunk" else _taken(gradients[place[0]], place[1])
+            for name, gradient in own.items():
+                total = jax.tree.map(lambda *leaves: sum(leaves), *[alone[k][2][name] for k in members])
+                chex.assert_trees_all_close(gradient, total, **TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["loop", "vmap", "mixed"])
@@ -119,24 +129,60 @@ def test_the_trunk_takes_all_views_as_one_batch(vectorize):
         assert other[0].trunk_map.shape == (4, 8, 8, 4)
 
 
-def test_trunk_gradient_scales_what_the_branches_send_back():
-    module = build("tiny", 3, 10, 2)
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_the_trunk_takes_one_view_after_another(vectorize):
+    """Each view has its own statistics, and the running ones move with each: against plain networks."""
+    module = build("tiny", 2, 10, 1, vectorize)
+    with jax.enable_x64(True):
+        views = jnp.stack([draw_images(), jnp.flip(draw_images(), 2) + 1])
+        variables = draw_variables(module, views[0])
+        apply = functools.partial(module.apply, train=True, joint_statistics=False, mutable=["batch_stats"])
+        outputs, updates = jax.jit(apply)(variables, views)
+        alone = jax.jit(functools.partial(module.member(0).apply, train=True, mutable=["batch_stats"]))
+        before = variables["batch_stats"]["trunk"]
+        for k in range(2):
+            own = module.extract(variables, k)
+            expected, statistics = alone(own | {"batch_stats": own["batch_stats"] | before}, views[k])
+            chex.assert_trees_all_close(outputs[k].logits, expected.logits, **TOLERANCE)
+            before = {name: statistics["batch_stats"][name] for name in before}
+        chex.assert_trees_all_close(updates["batch_stats"]["trunk"], before, **TOLERANCE)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_limbs_take_their_views_as_one_batch(vectorize):
+    module = build("tiny", 4, 10, 1, vectorize, limbs=(2,))
+    with jax.enable_x64(True):
+        variables, views = draw_variables(module, draw_images()), jnp.stack([draw_images()] * 4)
+        apply = jax.jit(functools.partial(module.apply, train=True, mutable=["batch_stats"]))
+        # Four times the same images have the statistics of one time, …
+        chex.assert_trees_all_close(apply(variables, views), apply(variables, views[0]), **TOLERANCE)
+        # … and without statistics each goes its own way.
+        alone = jax.jit(functools.partial(module.apply, train=False))
+        views = views + jnp.arange(4.0)[:, None, None, None, None]
+        together = alone(variables, views)
+        for k in range(4):
+            single = alone(variables, views[k])[k].logits
+            chex.assert_trees_all_close(together[k].logits, single, **TOLERANCE)
+
+
+def test_mean_gradient_where_paths_part():
+    module = build("tiny", 4, 10, 1, limbs=(2,))
     with jax.enable_x64(True):
         variables, images = draw_variables(module, draw_images()), draw_images()
 
         @functools.partial(jax.jit, static_argnums=0)
-        def gradients(scale):
+        def gradients(mean):
             def loss(params):
-                outputs = module.apply(variables | {"params": params}, images, False, scale)
+                outputs = module.apply(variables | {"params": params}, images, False, mean)
                 return sum(weigh(output, k) for k, output in enumerate(outputs))
 
             return jax.value_and_grad(loss)(variables["params"])
 
-        (value, plain), (scaled_value, scaled) = gradients(1.0), gradients(0.25)
-        chex.assert_trees_all_close(value, scaled_value, **TOLERANCE)
-        chex.assert_trees_all_close(plain["branches"], scaled["branches"], **TOLERANCE)
-        quarter = jax.tree.map(lambda leaf: leaf / 4, plain["trunk"])
-        chex.assert_trees_all_close(quarter, scaled["trunk"], **TOLERANCE)
+        (value, plain), (mean_value, mean) = gradients(False), gradients(True)
+        chex.assert_trees_all_close(value, mean_value, **TOLERANCE)
+        for part, ways in {"branches": 1, "limbs_1": 2, "trunk": 4}.items():
+            expected = jax.tree.map(lambda leaf, ways=ways: leaf / ways, plain[part])
+            chex.assert_trees_all_close(mean[part], expected, **TOLERANCE)
 
 
 def test_inference_leaves_statistics_as_they_are():

@@ -24,7 +24,7 @@ from ffl_jax.errors import ConfigError
 from ffl_jax.registry import check_choice
 
 _DATA, _SEED, _SUBNETWORK = "data", "seed", "subnetwork"
-_STACKED = "branches"  # the name that `subnetworks.Stacked` gives to variables with a leading axis K
+STACKED = "branches"  # the name that `subnetworks.Stacked` gives to variables with a leading axis K
 MODES = ("pmap", "shard_map")
 # What the arrays of an argument or a result are.
 OWN = "own"  # of each run: with a leading axis of seeds where they are several
@@ -82,7 +82,7 @@ def norm(tree, counted) -> jax.Array:
 
 def is_stacked(path) -> bool:
     """Whether a leaf at this path, of a tree like the parameters, has a leading axis of sub-networks."""
-    return any(getattr(key, "key", None) == _STACKED for key in path)
+    return any(getattr(key, "key", None) == STACKED for key in path)
 
 
 def share(batch: jax.Array) -> jax.Array:

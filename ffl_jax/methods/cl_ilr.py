@@ -13,14 +13,13 @@ class CLILR(Method):
 
     loss = sum_k [b CE(z_k) + a KL(z_k; mean_{l != k} z_l)],   times w(epoch) in the second term
 
-    Where the trunk ends, the gradient that comes from the K heads is divided by K: the trunk learns as fast
+    Where paths part, the gradient that comes from n of them is divided by n: what is shared learns as fast
     as in one network, however many heads it carries. No gradient flows into a target.
 
     That all heads meet at one place is OKDDip's released re-implementation. Weights, temperature and recipe
-    are those of MCL-OKD's, with K = 4, which has a tree: stem and first stage exist once, the second stage
-    twice, the third four times, and the gradient is halved at both splits; ResNet-32 has 1,642,016
-    parameters there for 100 classes, and 1,553,248 here. OKDDip's has `cross_entropy_weight=1
-    distillation_weight=1 temperature=3 rampup_epochs=80 detached_targets=False smoothing=1e-7`.
+    are those of MCL-OKD's, with K = 4, which has a tree: `config.subnetworks.shared_stages=1` and
+    `limbs=(2,)`. OKDDip's has `cross_entropy_weight=1 distillation_weight=1 temperature=3 rampup_epochs=80
+    detached_targets=False smoothing=1e-7`.
 
     Attributes:
       temperature: of both sides of every KL.
@@ -48,7 +47,7 @@ class CLILR(Method):
         return {"subnetworks.num": 4} | ({} if data == "imagenet" else small)
 
     def __call__(self, images, train):
-        heads = self.subnetworks(images, train, trunk_gradient=1 / self.subnetworks.num)
+        heads = self.subnetworks(images, train, mean_gradient=True)
         return {"logits": jnp.stack([head.logits for head in heads])}
 
     def objectives(self, outputs, labels, epoch):

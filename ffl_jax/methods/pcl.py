@@ -29,7 +29,7 @@ class PCL(Method):
     divides the epoch by the weight of the loss in place of the ramp's 80 epochs. Also different there:
 
     - The trunk runs on one view after another, where ours takes their batch statistics over all views
-      together. Its running statistics so move three times a step, by 1 - 0.9**3 = 0.271 in all; ours by 0.1.
+      together (`joint_statistics=False` does as it does). Its running statistics so move three times a step.
     - The linear layers of its three peers start equal (but for VGG's), and its averaged copy starts from a
       draw of its own, which the first step replaces; our peers start apart, and the copy as a copy.
     - Its DenseNet lacks the norm before the last ReLU: 187,828 parameters a peer for 100 classes.
@@ -42,12 +42,15 @@ class PCL(Method):
       ema_decay: the most that the means keep of their old value in one step.
       average_statistics: whether batch statistics are averaged as the parameters are (our choice); else the
         copy collects its own in training.
+      joint_statistics: whether the trunk's batch statistics are those of all views together, else of one
+        after another; the running ones then move K times a step.
     """
 
     temperature: float = 3.0
     rampup_epochs: float = 80.0
     ema_decay: float = 0.999
     average_statistics: bool = False
+    joint_statistics: bool = True
 
     fuses = True
     headline = "ema_0"
@@ -87,7 +90,7 @@ class PCL(Method):
 
     def classify(self, images: jax.Array, train: bool) -> dict[str, jax.Array]:
         """The `logits` of the peers [K, B, C], and `fused_logits` [B, C]; images as for `__call__`."""
-        peers = self.subnetworks(images, train)
+        peers = self.subnetworks(images, train, joint_statistics=self.joint_statistics)
         fused_logits = self.ensemble_head([peer.features for peer in peers])
         return {"logits": jnp.stack([peer.logits for peer in peers]), "fused_logits": fused_logits}
 

@@ -1,6 +1,7 @@
 """The K networks that train together: copies of one network, or different networks side by side."""
 
 import collections
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -28,6 +29,8 @@ class Stacked(nn.Module):
       network: the whole network; it is cut at `shared_stages` into trunk and branch.
       num: K.
       shared_stages: how many stages, the stem included, exist once; 0 gives K separate networks.
+      limbs: how often each of the next stages exists, between trunk and branches: (2,) makes a tree of four
+        branches, two of which grow from each limb.
       vectorize: run the branches by `vmap` instead of one after another; variables and results are the same.
         A vmapped convolution is a grouped one: fit for accelerators, on a CPU for the smallest maps only.
       remat: keep nothing of trunk and branches between forward and backward pass, but compute it anew.
@@ -40,6 +43,7 @@ class Stacked(nn.Module):
     vectorize: bool = False
     remat: bool = False
     statistics: str = "adapted"
+    limbs: tuple[int, ...] = ()
 
     are_copies: ClassVar[bool] = True
 
@@ -52,89 +56,121 @@ class Stacked(nn.Module):
                 f"subnetworks.shared_stages must be 0..{self.network.num_stages - 1} for a network of "
                 f"{self.network.num_stages} stages, got {self.shared_stages}."
             )
+        counts = (1, *self.limbs, self.num)
+        whole = all(isinstance(count, int) and count > 0 for count in counts)
+        if not whole or any(more % fewer for fewer, more in itertools.pairwise(counts)):
+            raise ConfigError(
+                f"subnetworks.limbs={self.limbs}: each must be a whole number that divides the next one, and "
+                f"the last must divide subnetworks.num={self.num}."
+            )
+        most = self.network.num_stages - 1 - len(self.limbs)
+        if self.limbs and not 1 <= self.shared_stages <= most:
+            advice = f"set subnetworks.shared_stages to 1..{most}" if most > 0 else "name fewer limbs"
+            raise ConfigError(
+                f"subnetworks.limbs={self.limbs} are stages between a trunk and branches, and a network of "
+                f"{self.network.num_stages} stages has none there with shared_stages={self.shared_stages}: "
+                f"{advice}."
+            )
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, train: bool, trunk_gradient: float = 1.0
+        self, images: jax.Array, train: bool, mean_gradient: bool = False, joint_statistics: bool = True
     ) -> tuple[NetworkOutputs, ...]:
         """The outputs of the K sub-networks, in order.
 
         Args:
-          images: [B, H, W, 3], or one view for each sub-network, [K, B, H, W, 3]; the trunk takes all views
-            as one batch, so that its batch statistics are theirs together.
+          images: [B, H, W, 3], or one view for each sub-network, [K, B, H, W, 3].
           train: use and update batch statistics.
-          trunk_gradient: what the gradient is multiplied by on its way from the branches to the trunk.
+          mean_gradient: where paths part, what flows back is the mean of their gradients instead of the sum.
+          joint_statistics: the trunk takes all views as one batch, so that its batch statistics are theirs
+            together; else one after another, and its running statistics move with each.
         """
-        x, views, train = images, images.ndim == 5, _mode(self, train)
-        trunk_map = None
+        x, views, train, trunk_map = images, images.ndim == 5, _mode(self, train), None
         if self.shared_stages:
             trunk = self.network.clone(stop=self.shared_stages, parent=self, name="trunk")
-            x = _run(trunk, x.reshape(-1, *x.shape[-3:]), train, self.remat)
-            if views:
-                x = jax.tree.map(lambda x: x.reshape(self.num, -1, *x.shape[1:]), x)
+            if views and not joint_statistics:
+                x = _stack([_run(trunk, view, train, self.remat) for view in x])
+            else:
+                x = _run(trunk, x.reshape(-1, *x.shape[-3:]), train, self.remat)
+                x = _grouped(x, self.num) if views else x
             trunk_map = self.network.feature_map(x)
-            if trunk_gradient != 1:
-                x = jax.tree.map(
-                    lambda x: trunk_gradient * x + jax.lax.stop_gradient((1 - trunk_gradient) * x), x
-                )
-        branch = self.network.clone(start=self.shared_stages, parent=None)
-
-        if self.is_initializing():
-            first = jax.random.split(self.make_rng("params"), self.num)
-            one = _pick(x, 0) if views else x
-            drawn = jax.vmap(lambda key: branch.init(key, one, train=False))(first)
-            for kind, tree in drawn.items():  # not every network has batch statistics
-                self.put_variable(kind, "branches", tree)
-        params = self.get_variable("params", "branches")
-        statistics = self.get_variable("batch_stats", "branches", {})
-        keys = None  # for what is random in training
-        if train and self.has_rng("dropout"):
-            keys = jax.random.split(self.make_rng("dropout"), self.num)
-
-        def run(params, statistics, x, key):
-            variables = {"params": params, "batch_stats": statistics}
-            rngs = {} if key is None else {"dropout": key}
-            outputs, updates = branch.apply(variables, x, train, mutable=["batch_stats"], rngs=rngs)
-            return outputs, updates.get("batch_stats", {})
-
-        if self.remat:
-            run = jax.checkpoint(run)
-        spread = parallel.spread(self.num)  # then the variables are those of the sub-networks here
-        if spread:
-            x = parallel.to_subnetworks(x)
-            keys = jax.tree.map(parallel.own_subnetworks, keys)
-            x = jax.tree.map(parallel.own_subnetworks, x) if views else x
-        here = jax.tree.leaves(params)[0].shape[0]
-        if self.vectorize:
-            axes = (0, 0, 0 if views else None, 0)
-            outputs, new_statistics = jax.vmap(run, in_axes=axes)(params, statistics, x, keys)
-        else:
-            results = [
-                run(*_pick((params, statistics), k), _pick(x, k) if views else x, _pick(keys, k))
-                for k in range(here)
-            ]
-            outputs, new_statistics = zip(*results, strict=True)
-            new_statistics = _stack(new_statistics)
-        if train and statistics:
-            self.put_variable("batch_stats", "branches", new_statistics)
-        if spread:
-            outputs = parallel.from_subnetworks(outputs if self.vectorize else _stack(outputs))
-        if self.vectorize or spread:
-            outputs = [_pick(outputs, k) for k in range(self.num)]
+        stage, paths, each = self.shared_stages, 1, views
+        for num in self.limbs:
+            x = _parted(x, num, each, paths / num if mean_gradient else 1.0)
+            x = _stack(self._copies(f"limbs_{stage}", stage, num, x, each, train))
+            x = _grouped(x, self.num, axes=2) if views else x
+            stage, paths, each = stage + 1, num, True
+        if self.shared_stages:
+            x = _parted(x, self.num, each, paths / self.num if mean_gradient else 1.0)
+        outputs = self._copies(parallel.STACKED, stage, self.num, x, each, train)
         if trunk_map is not None:
             maps = trunk_map if views else [trunk_map] * self.num
             outputs = [output.replace(trunk_map=x) for output, x in zip(outputs, maps, strict=True)]
         return _shown(self, tuple(outputs))
 
+    def _copies(self, name, stage, num, x, each, train) -> list:
+        """What `num` copies give of the stages from `stage` on, of a limb that one alone.
+
+        Args:
+          name: of their variables, which have a leading axis of copies.
+          x: what they get; with `each` [num, ...], one for each.
+        """
+        last = name == parallel.STACKED
+        part = self.network.clone(start=stage, stop=None if last else stage + 1, parent=None)
+        if self.is_initializing():
+            first = jax.random.split(self.make_rng("params"), num)
+            one = _pick(x, 0) if each else x
+            drawn = jax.vmap(lambda key: part.init(key, one, train=False))(first)
+            for kind, tree in drawn.items():  # not every network has batch statistics
+                self.put_variable(kind, name, tree)
+        params, statistics = self.get_variable("params", name), self.get_variable("batch_stats", name, {})
+        keys = None  # for what is random in training
+        if train and self.has_rng("dropout"):
+            keys = jax.random.split(self.make_rng("dropout"), num)
+
+        def run(params, statistics, x, key):
+            variables = {"params": params, "batch_stats": statistics}
+            rngs = {} if key is None else {"dropout": key}
+            outputs, updates = part.apply(variables, x, train, mutable=["batch_stats"], rngs=rngs)
+            return outputs, updates.get("batch_stats", {})
+
+        if self.remat:
+            run = jax.checkpoint(run)
+        spread = last and parallel.spread(num)  # then the variables are those of the sub-networks here
+        if spread:
+            x = parallel.to_subnetworks(x)
+            keys = jax.tree.map(parallel.own_subnetworks, keys)
+            x = jax.tree.map(parallel.own_subnetworks, x) if each else x
+        here = jax.tree.leaves(params)[0].shape[0]
+        if self.vectorize:
+            axes = (0, 0, 0 if each else None, 0)
+            outputs, new_statistics = jax.vmap(run, in_axes=axes)(params, statistics, x, keys)
+        else:
+            results = [
+                run(*_pick((params, statistics), k), _pick(x, k) if each else x, _pick(keys, k))
+                for k in range(here)
+            ]
+            outputs, new_statistics = zip(*results, strict=True)
+            new_statistics = _stack(new_statistics)
+        if train and statistics:
+            self.put_variable("batch_stats", name, new_statistics)
+        if spread:
+            outputs = parallel.from_subnetworks(outputs if self.vectorize else _stack(outputs))
+        return [_pick(outputs, k) for k in range(num)] if self.vectorize or spread else list(outputs)
+
     def member(self, k: int) -> Network:
         """Sub-network k as a plain network."""
         return _plain(self.network)
 
+    def places(self, k: int) -> list[tuple[str, int | None]]:
+        """[(name in the variables, which of its copies or None)] of the parts of sub-network k, in order."""
+        levels = enumerate(self.limbs, start=self.shared_stages)
+        limbs = [(f"limbs_{stage}", k * num // self.num) for stage, num in levels]
+        return [("trunk", None), *limbs, (parallel.STACKED, k)]
+
     def extract(self, variables: dict, k: int) -> dict:
         """The variables of `member(k)`, taken from those of this module."""
-        return {
-            kind: {**tree.get("trunk", {}), **_pick(tree["branches"], k)} for kind, tree in variables.items()
-        }
+        return _extracted(variables, self.places(k))
 
 
 class Mixed(nn.Module):
@@ -170,10 +206,23 @@ class Mixed(nn.Module):
         """Sub-network k as a plain network."""
         return _plain(self.networks[k])
 
+    def places(self, k: int) -> list[tuple[str, int | None]]:
+        """As for `Stacked`."""
+        return [(f"networks_{k}", None)]
+
     def extract(self, variables: dict, k: int) -> dict:
         """The variables of `member(k)`, taken from those of this module."""
-        name = f"networks_{k}"
-        return {kind: tree[name] for kind, tree in variables.items() if name in tree}
+        return _extracted(variables, self.places(k))
+
+
+def _extracted(variables, places):
+    found = {}
+    for kind, tree in variables.items():
+        there = [(tree[name], copy) for name, copy in places if name in tree]
+        if there:
+            parts = [part if copy is None else _pick(part, copy) for part, copy in there]
+            found[kind] = {name: one for part in parts for name, one in part.items()}
+    return found
 
 
 def _mode(module, train):
@@ -190,6 +239,27 @@ def _run(network, x, train, remat):
     if not remat:
         return network(x, train)
     return nn.remat(lambda network, x: network(x, train))(network, x)
+
+
+def _grouped(x, num, axes=1):
+    """A tree of arrays whose first `axes` axes are examples -> [num, examples / num, ...]."""
+    return jax.tree.map(lambda x: x.reshape(num, -1, *x.shape[axes:]), x)
+
+
+def _parted(x, num, each, scale):
+    """What `num` copies get of a tree of maps, of all the same or of [n, ...] `each` their own.
+
+    Several of n that go into one copy become one batch; one that goes into several is repeated. What flows
+    back is multiplied by `scale`.
+    """
+    if scale != 1:
+        x = jax.tree.map(lambda x: scale * x + jax.lax.stop_gradient((1 - scale) * x), x)
+    if not each:
+        return x
+    have = jax.tree.leaves(x)[0].shape[0]
+    if have >= num:
+        return _grouped(x, num, axes=2)
+    return jax.tree.map(lambda x: jnp.repeat(x, num // have, axis=0), x)
 
 
 def vectorized(method: nn.Module, vectorize: bool) -> nn.Module:
@@ -306,6 +376,7 @@ def build(
     dropout: float = 0.0,
     drop_path: float = 0.0,
     statistics: str = "adapted",
+    limbs: tuple[int, ...] = (),
 ) -> Stacked | Mixed:
     """`Stacked` where all names in `network` ("resnet32", "resnet20+resnet32") are the same, else `Mixed`.
 
@@ -320,10 +391,11 @@ def build(
         rates[key] = rate
     networks = [one.clone(**{key: rates[key] for key in one.drops}) for one in networks]
     if len(set(names)) == 1:
-        return Stacked(networks[0], num, shared_stages, vectorize, remat, statistics)
-    if shared_stages:
-        raise ConfigError(
-            f"different networks ({network}) cannot share a trunk: set config.subnetworks.shared_stages=0, "
-            f"got {shared_stages}."
-        )
+        return Stacked(networks[0], num, shared_stages, vectorize, remat, statistics, tuple(limbs))
+    for key, shared, none in (("shared_stages", shared_stages, 0), ("limbs", tuple(limbs), ())):
+        if shared:
+            raise ConfigError(
+                f"different networks ({network}) cannot share a trunk: set config.subnetworks.{key}={none}, "
+                f"got {shared}."
+            )
     return Mixed(tuple(networks), remat, statistics)

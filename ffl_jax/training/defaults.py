@@ -73,6 +73,7 @@ def every_key(method: str) -> ConfigDict:
         "network": "resnet32",  # or one for each, with + between them
         "num": max(least, min(2, most or 2)),
         "shared_stages": 0,  # stem and that many stages exist once; 0: K separate networks
+        "limbs": (),  # (2,): the next stage exists twice, which makes a tree of four branches
         "execution": "auto",  # of copies of one network: loop, vmap, or the faster one by measurement
         "remat": False,  # True: less memory, a third more work
         "start": (),  # weights to begin with, one for all or one for each: docs/finetune.md

@@ -160,12 +160,9 @@ def install(state: steps.TrainState, experiment) -> steps.TrainState:
     for k, start in enumerate(starts):
         alone = all(k == one or start.digest != other.digest for one, other in enumerate(starts))
         for (kind, *path), value in _load(start, k, experiment, alone, read).items():
-            if not networks.are_copies:
-                flat[kind, f"networks_{k}", *path] = value
-            elif (kind, "trunk", *path) in flat:
-                flat[kind, "trunk", *path] = value
-            else:
-                flat[kind, "branches", *path][k] = value
+            for name, copy in networks.places(k):
+                if (kind, name, *path) in flat:
+                    flat[kind, name, *path][... if copy is None else copy] = value
     joint = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat))
 
     def put(tree):

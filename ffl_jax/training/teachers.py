@@ -77,7 +77,7 @@ def teacher_config(config: ConfigDict, index: int) -> ConfigDict:
     teacher.seed = config.seed % 1000 + 1000 * number
     teacher.subnetworks.network = config_lib.teacher_names(config)[index]
     teacher.subnetworks.num = 1
-    teacher.subnetworks.shared_stages = 0
+    teacher.subnetworks.update(shared_stages=0, limbs=())
     # The student's own, which need not suit another network.
     teacher.subnetworks.update(start=(), start_digests=(), freeze_epochs=0.0, statistics="adapted")
     teacher.subnetworks.update(dropout=0.0, drop_path=0.0)
