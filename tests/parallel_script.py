@@ -81,8 +81,12 @@ def every_method():
 
 
 def recipe():
-    """{"lamb DEVICES LEAF": array} with mixed, smoothed, weighted labels, clipped gradients and averages."""
-    config = configured("independent")
+    """{"lamb DEVICES LEAF": array} with mixed, smoothed, weighted labels, clipped gradients and averages.
+
+    Its sub-networks are a tree of four branches.
+    """
+    config = configured("cl_ilr", 4)
+    config.subnetworks.update(shared_stages=1, limbs=(2,))
     config.optimizer.update(name="lamb", clip_norm=0.01)
     config.ema_decay = 0.9
     mixed = Recipe(CLASSES, tuple(0.1 * k for k in range(CLASSES)), 0.1, 0.8, 1.0)
