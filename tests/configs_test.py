@@ -131,7 +131,7 @@ def test_cifar_follows_the_published_recipe(module):
     assert config.subnetworks.to_dict() == {
         **{"network": "resnet32", "num": 2, "shared_stages": 2, "execution": "auto", "remat": False},
         **{"start": (), "start_digests": (), "freeze_epochs": 0.0, "statistics": "adapted"},
-        **{"dropout": 0.0, "drop_path": 0.0},
+        **{"dropout": 0.0, "drop_path": 0.0, "limbs": ()},
     }
     assert config.method.to_dict() == {
         "name": "ffl",
