@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import pathlib
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ffl_jax import data
 from ffl_jax.data import base
+from ffl_jax.data import folder as folder_lib
 from ffl_jax.errors import DatasetError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -418,3 +420,21 @@ def test_linked_folders_are_followed_once(root):
     shutil.move(root / "train/ant", root.parent / "elsewhere")
     (root / "train/ant").symlink_to(root.parent / "elsewhere")
     np.testing.assert_array_equal(data.load(make_config(root)).train.labels, [0, 1, 1])
+
+
+def test_of_two_links_the_same_is_followed_on_any_disk(root, monkeypatch):
+    """Disks list a folder in orders of their own; what is read, and under which name, must not."""
+    for name in ("once", "twice"):
+        (root / f"train/bee/{name}").symlink_to(root / "train/bee/deep")
+    listed, scandir = [], os.scandir
+    for reverse in (False, True):
+
+        @contextlib.contextmanager
+        def ordered(path, reverse=reverse):
+            with scandir(path) as entries:
+                yield sorted(entries, key=lambda entry: entry.name, reverse=reverse)
+
+        monkeypatch.setattr(os, "scandir", ordered)
+        listed.append(folder_lib._walk(root / "train/bee")[0])
+    assert listed[0] == listed[1]
+    assert len(listed[0]) == 2

@@ -238,7 +238,7 @@ def _walk(folder: str | os.PathLike) -> tuple[list[str], collections.Counter, co
             continue
         visited.add(real)
         with os.scandir(here) as entries:
-            for entry in entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):  # of two links, the same on any disk
                 suffix = os.path.splitext(entry.name)[1].lower()
                 if _is_litter(entry.name):
                     litter[entry.name] += 1
