@@ -150,7 +150,11 @@ def test_weight_is_constant_within_an_epoch(epoch, rampup_epochs, weight):
         ({"limbs": (2,)}, r"limbs=\(2,\): each must .* divide subnetworks\.num=3"),
         ({"num": 4, "limbs": (4, 2)}, r"each must be a whole number that divides the next one"),
         ({"num": 4, "limbs": ("a",)}, r"limbs=\('a',\): each must be a whole number"),
-        ({"num": 4, "limbs": (2,)}, r"with shared_stages=2: set subnetworks\.shared_stages to 1\.\.1"),
+        ({"num": 4, "limbs": (2,)}, r"with shared_stages=2: set subnetworks\.shared_stages to 1\."),
+        (
+            {"num": 4, "limbs": (2,), "network": "resnet18", "shared_stages": 3},
+            r"with shared_stages=3: set subnetworks\.shared_stages to 1\.\.2\.",
+        ),
         ({"num": 4, "limbs": (2, 2)}, r"with shared_stages=2: name fewer limbs"),
         ({"num": 1}, r"CLILR takes at least 2 sub-network\(s\), got 1"),
     ],

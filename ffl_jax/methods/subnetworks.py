@@ -65,7 +65,8 @@ class Stacked(nn.Module):
             )
         most = self.network.num_stages - 1 - len(self.limbs)
         if self.limbs and not 1 <= self.shared_stages <= most:
-            advice = f"set subnetworks.shared_stages to 1..{most}" if most > 0 else "name fewer limbs"
+            fit = "1" if most == 1 else f"1..{most}"
+            advice = f"set subnetworks.shared_stages to {fit}" if most > 0 else "name fewer limbs"
             raise ConfigError(
                 f"subnetworks.limbs={self.limbs} are stages between a trunk and branches, and a network of "
                 f"{self.network.num_stages} stages has none there with shared_stages={self.shared_stages}: "
