@@ -42,9 +42,23 @@ UNDRAWN = command("main", "conftest.curves.draw_curves = lambda *_, **__: None")
 _OPTIONS = {"xla_backend_optimization_level": (0, 3), "xla_cpu_parallel_codegen_split_count": (1, 32)}
 if jax.__version_info__ < (0, 11):
     _OPTIONS["xla_cpu_use_fusion_emitters"] = (False, True)
-_FLAGS = [f"--{name}={str(here).lower()}" for name, (here, _) in _OPTIONS.items()]
-# The last of equal flags counts.
-os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))
+_DEVICES = "xla_force_host_platform_device_count"
+_HERE = {name: str(here).lower() for name, (here, _) in _OPTIONS.items()} | {_DEVICES: 1}
+
+
+def xla_flags(**changed) -> str:
+    """`XLA_FLAGS` of a process of the tests, each flag once: those of the environment, and `changed`.
+
+    JAX calls a program in its cache by these flags, too. Only where all are the same does one process find
+    what another one compiled.
+    """
+    given = (flag.partition("=") for flag in os.environ.get("XLA_FLAGS", "").split())
+    flags = {f"--{name}": value for name, value in _HERE.items()} | {name: value for name, _, value in given}
+    flags |= {f"--{name}": value for name, value in changed.items()}
+    return " ".join(f"{name}={value}" if value != "" else name for name, value in flags.items())
+
+
+os.environ["XLA_FLAGS"] = xla_flags()
 AS_USERS = {name: usual for name, (_, usual) in _OPTIONS.items()}  # `compiler_options` for some tests
 
 
@@ -171,8 +185,7 @@ class Commands:
 
     def start(self, *command: str, devices: int = 1, cwd=None, env=None) -> subprocess.Popen:
         """Starts `python COMMAND` with that many devices; standard output and error are kept."""
-        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-        environment = self.environment | {"XLA_FLAGS": flags}
+        environment = self.environment | {"XLA_FLAGS": xla_flags(**{_DEVICES: devices})}
         return subprocess.Popen(
             [sys.executable, *map(str, command)],
             stdout=subprocess.PIPE,
