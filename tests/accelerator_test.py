@@ -6,18 +6,19 @@ XLA's own convolutions, `vmap` over copies of a network, once both ways were tim
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
-from conftest import draw_model, equations, first_state, write_run
+from conftest import equations
 
 from configs import digits
 from ffl_jax import data, methods
 from ffl_jax.deployment import exporting
 from ffl_jax.devices import backend, parallel, preemption, timing
 from ffl_jax.errors import Preempted
-from ffl_jax.training import cost, loop, scoring, teachers, vectorize
+from ffl_jax.training import loop, scoring, vectorize
 from ffl_jax.training.experiment import Experiment
 
 
@@ -25,9 +26,6 @@ def configuration(method="ffl", num_seeds=2):
     """Two steps and an evaluation."""
     config = digits.get_config(f"method={method},network=tiny,epochs=1")
     config.update(num_seeds=num_seeds, batch_size=200, log_every_steps=1)
-    config.data.validation_examples = 100 * (method == "kdcl")  # which learns from them
-    if "teachers" in config:
-        config.teachers.num = 1
     return config
 
 
@@ -36,14 +34,6 @@ def dataset():
     """The digits, with 400 images to train on."""
     whole = data.load(configuration().data)
     return dataclasses.replace(whole, train=whole.train.take(np.arange(len(whole.train)) < 400))
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """The run of a teacher; that one is trained first is seen elsewhere."""
-    workdir = tmp_path_factory.mktemp("teacher")
-    write_run(workdir, teachers.teacher_config(configuration("kd", 1), 0), 8, dataset())
-    return str(workdir)
 
 
 @pytest.fixture(autouse=True)
@@ -67,29 +57,18 @@ def vmap_is_faster(monkeypatch, timed=False):
     return ran
 
 
-@pytest.mark.parametrize(
-    ("method", "num_seeds"), [(name, 1 + index % 2) for index, name in enumerate(methods.METHODS)]
-)
-def test_every_method_trains_and_is_evaluated(method, num_seeds, teacher, tmp_path, monkeypatch):
-    def drawn(experiment):
-        shape = experiment.image_shape
-        variables = draw_model(experiment.method, shape)
-        return first_state(experiment.method, experiment.optimizers, shape, *variables)
-
-    asked, config = vmap_is_faster(monkeypatch), configuration(method, num_seeds)
-    if "teachers" in config:
-        config.teachers.runs = [teacher]
-    monkeypatch.setattr(Experiment, "initial_state", drawn)  # nothing is compiled for it
-    # What it costs is counted on the plain program, as everywhere.
-    monkeypatch.setattr(cost, "tell_memory", lambda *_: None)
-    monkeypatch.setattr(cost, "training_flops", lambda experiment: 1.0)
-    monkeypatch.setattr(cost, "prediction_costs", lambda method, *_: {name: {} for name in method.roles()})
-    summary = loop.train(config, tmp_path / "run", dataset())
-    assert summary["status"] == "completed"
-    assert asked == ([num_seeds] if len(summary["networks"]) > 1 else [])
-    scores = np.array([one["nll"] for one in summary["predictors"].values()])
-    assert scores.shape == (len(summary["predictors"]), *([2] if num_seeds == 2 else []))
-    assert np.isfinite(scores).all()
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_runs_its_copies_in_the_faster_way(method, monkeypatch):
+    """Both are timed where there are several; method_test.py takes the steps."""
+    for num_seeds in (1, 2):
+        asked, config = vmap_is_faster(monkeypatch), configuration(method, num_seeds)
+        experiment = types.SimpleNamespace(
+            config=config, method=methods.build(config, 10), image_shape=(8, 8, 3)
+        )
+        vectorize.settle(experiment, parallel.Parallel(num_devices=1, num_seeds=num_seeds))
+        num = experiment.method.subnetworks.num
+        assert asked == ([num_seeds] if num > 1 else [])
+        assert num == 1 or experiment.method.subnetworks.vectorize
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])

@@ -1,5 +1,9 @@
-"""Every method on every kind of sub-networks: a new method is tested by being registered."""
+"""Every method on every kind of sub-networks: a new method is tested by being registered.
 
+Copies that run at once do so as on an accelerator, those of every second method with another run beside them.
+"""
+
+import json
 import re
 
 import jax
@@ -7,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import equations
-from harness import ALL, CLASSES, SHAPE, Training, configuration, draw_batch, refusal
+from harness import ALL, CLASSES, KINDS, SHAPE, Training, configuration, draw_batch, refusal
 
 from ffl_jax import methods
+from ffl_jax.devices import backend
 from ffl_jax.errors import ConfigError
 from ffl_jax.methods.base import ENSEMBLE, FUSED, KNOWLEDGE, LABELS, NETWORK, TEACHER, logged
-from ffl_jax.training import metrics, steps
+from ffl_jax.training import metrics, scoring, steps
+from ffl_jax.workdir import checkpoint
 
 BATCH = 8
 # What runs on the second kind need not run on the first as well; parallel_methods_test.py takes the first
@@ -36,17 +42,39 @@ def test_refuses_what_it_cannot_do_and_says_why(name, kind):
 
 
 class Setup(Training):
-    """One method on one kind of sub-networks, with its steps compiled and counted."""
+    """One method on one kind of sub-networks, with its steps compiled and counted.
+
+    Attributes:
+      as_accelerator: whether they are made for one, and not for a CPU.
+    """
 
     def __init__(self, name, kind):
         config = configuration(name, kind)
         super().__init__(methods.build(config, CLASSES), config)
-        self.traces = 0
-        self.train_step = jax.jit(self._train_step)
-        self.evaluate = jax.jit(self._evaluate)
+        self.traces, self.as_accelerator = 0, KINDS[kind][2] == "vmap"
+        self._several_runs = self.as_accelerator and list(methods.METHODS).index(name) % 2 == 1
+        self.compiled_step = self._compiled(self._train_step)
+        self._compiled_evaluation = self._compiled(self._evaluate)
 
     def train(self, state):
-        return self.train_step(state, self.batch(BATCH))
+        with backend.as_accelerator(self.as_accelerator):
+            return self.compiled_step(state, self.batch(BATCH))
+
+    def evaluate(self, state):
+        with backend.as_accelerator(self.as_accelerator):
+            return self._compiled_evaluation(state.variables, draw_batch(BATCH))
+
+    def _compiled(self, function):
+        """A function of one run; where there are several, equal ones, what it gives for the first."""
+
+        @jax.jit
+        def compiled(*given):
+            if not self._several_runs:
+                return function(*given)
+            together = jax.vmap(function)(*jax.tree.map(lambda x: jnp.stack([x, x]), given))
+            return jax.tree.map(lambda x: x[0], together)
+
+        return compiled
 
     def _train_step(self, state, batch):
         self.traces += 1
@@ -80,7 +108,7 @@ def trained(setup):
 @pytest.fixture(scope="module")
 def evaluated(setup, trained):
     """(objectives and terms, predictions, logits of the networks taken out, sums of scores)."""
-    return setup.evaluate({"params": trained.params, **trained.model_state}, draw_batch(BATCH))
+    return setup.evaluate(trained)
 
 
 def test_many_steps_compile_once(setup, trained):
@@ -88,16 +116,24 @@ def test_many_steps_compile_once(setup, trained):
     assert int(trained.step) == 3
 
 
-def test_no_gradient_of_a_convolution_is_left_to_xla(setup, trained):
-    """Those of another layout its CPU backend computes by plain loops within a `while_loop`."""
-    program = setup.train_step.trace(trained, setup.batch(BATCH)).jaxpr
-    layouts = {
+def layouts(program):
+    """Those of all convolutions of a program."""
+    return {
         equation.params["dimension_numbers"]
         for equation in equations(program.jaxpr)
         if equation.primitive.name == "conv_general_dilated"
     }
-    assert layouts == {((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))}
+
+
+def test_no_gradient_of_a_convolution_is_left_to_xla_on_a_cpu(setup, trained):
+    """Those of another layout its CPU backend computes by plain loops within a `while_loop`."""
+    for_cpu, batch = {((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))}, setup.batch(BATCH)
+    with backend.as_accelerator(setup.as_accelerator):
+        compiled = layouts(setup.compiled_step.trace(trained, batch).jaxpr)
     assert setup.traces == 1
+    assert (compiled != for_cpu) == setup.as_accelerator
+    if setup.as_accelerator:
+        assert layouts(jax.make_jaxpr(setup.step)(trained, batch)) == for_cpu
 
 
 def test_the_state_keeps_its_form(setup, trained):
@@ -108,6 +144,16 @@ def test_the_state_keeps_its_form(setup, trained):
         return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
 
     assert forms(trained) == forms(setup.state)
+
+
+def test_a_checkpoint_keeps_the_state(setup, trained, tmp_path):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, trained, {})
+    restored = checkpoint.restore(tmp_path, 3, jax.eval_shape(lambda: setup.state))
+    for leaf, expected in zip(*map(jax.tree.leaves, (restored, trained)), strict=True):
+        assert leaf.dtype == expected.dtype
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(leaf, expected)
 
 
 def test_predictions_and_terms_say_what_they_are(setup, evaluated):
@@ -145,6 +191,7 @@ def test_record_holds_the_sums_of_its_steps(setup, trained):
     for name, one in trained.record["predictions"].items():
         assert float(one["count"]) == 3 * BATCH, name
         assert 0 <= metrics.classification_scores(one)["top1"] <= 1
+    assert setup.method.headline in trained.record["predictions"]
 
 
 def test_trained_parameters_move_and_frozen_ones_do_not(setup, trained):
@@ -154,7 +201,7 @@ def test_trained_parameters_move_and_frozen_ones_do_not(setup, trained):
             new = new[key.key]
         path = "/".join(key.key for key in path)
         is_trained = any(re.fullmatch(pattern, path) for pattern in setup.method.trains.values())
-        assert bool((old != new).any()) == is_trained, path
+        assert np.array_equal(old, new) != is_trained, path
 
 
 def test_statistics_of_frozen_networks_stay(setup, trained):
@@ -178,3 +225,7 @@ def test_evaluation_counts_every_example(setup, evaluated):
     _, predictions, _, sums = evaluated
     assert sums["predictions"].keys() == predictions.keys()
     assert all(float(one["count"]) == BATCH for one in sums["predictions"].values())
+    scores = scoring._scores(sums, setup.method.headline)
+    assert scores["predictions"].keys() == predictions.keys()
+    assert all(np.isfinite(one["nll"]) for one in scores["predictions"].values())
+    json.dumps(scores)
