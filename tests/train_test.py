@@ -38,6 +38,7 @@ SETTINGS = (
     "--config.optimizer.schedule=constant",  # unlike cosine, it lets a run be prolonged
 )
 STEPS = 2 * 45  # ceil(1427 / 32) = 45
+SMALL = "configs/digits.py:network=tiny,method=independent"  # where the method does not matter
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -218,7 +219,7 @@ def test_signal_before_training(commands, tmp_path, seconds, number):
 
 
 def test_continues_on_another_number_of_devices(commands, tmp_path):
-    flags = (*UNDRAWN, "--config=configs/digits.py:network=tiny", f"--workdir={tmp_path}")
+    flags = (*UNDRAWN, f"--config={SMALL}", "--config.subnetworks.num=1", f"--workdir={tmp_path}")
     flags += ("--config.optimizer.schedule=constant",)
     commands.run(*flags, "--config.epochs=1", devices=4)
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -247,14 +248,21 @@ def test_another_run_is_refused(start, reference):
     assert (reference / "metrics.jsonl").read_bytes() == before
 
 
-def test_two_runs_in_one_folder_are_refused(commands, start, tmp_path):
-    first = commands.start(*arguments(tmp_path), "--config.epochs=9999")
-    wait_for_step(tmp_path, 7, first)
-    with pytest.raises(errors.CheckpointError, match="another"):
-        start(tmp_path, "--config.epochs=9999")
-    assert first.poll() is None
-    first.kill()
-    first.communicate()
+def test_two_runs_in_one_folder_are_refused(start, tmp_path, monkeypatch):
+    """The second one, while the first takes its steps, which it does to the end."""
+    advance, refused = loop.Progress.advance, []
+
+    def start_second(*args):
+        if not refused:
+            with pytest.raises(errors.CheckpointError, match="another") as second:
+                start(tmp_path, "--config.epochs=9999")
+            refused.append(second)
+        advance(*args)
+
+    monkeypatch.setattr(loop.Progress, "advance", start_second)
+    start(tmp_path)
+    assert len(refused) == 1
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "completed"
 
 
 def test_damaged_checkpoint_is_set_aside(start, reference, tmp_path):
@@ -271,13 +279,14 @@ def test_damaged_checkpoint_is_set_aside(start, reference, tmp_path):
     assert (tmp_path / f"checkpoints/quarantine/{STEPS}").is_dir()
 
 
-def test_divergence_ends_with_5(commands, tmp_path):
+def test_divergence_ends_with_5(tmp_path):
     """The last good step stays, and no state that is not finite is ever saved."""
-    result = commands.run(*arguments(tmp_path), "--config.optimizer.learning_rate=1e30", code=5)
-    error = result.stderr.splitlines()[-1]
-    assert "at step 2" in error
-    assert "logits of sub_0" in error
-    assert "cross_entropy/" in error
+    flags = (f"--config={SMALL}", "--config.subnetworks.num=1", "--config.optimizer.learning_rate=1e30")
+    with pytest.raises(errors.NonFiniteError) as diverged:
+        main.command(["main", f"--workdir={tmp_path}", *SETTINGS, *flags])
+    assert diverged.value.exit_code == 5
+    for text in ("at step 2", "logits of sub_0", "cross_entropy/"):
+        assert text in str(diverged.value)
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "diverged"
     assert not checkpoint.whole_steps(tmp_path / "checkpoints")
 
@@ -315,7 +324,8 @@ def test_nothing_is_compiled_after_the_first_evaluation(tmp_path, monkeypatch):
         return write(log, step, epoch, split, *numbers)
 
     monkeypatch.setattr(MetricsLog, "write", counted)
-    settings = digits.get_config("epochs=3,network=tiny")
+    settings = digits.get_config("epochs=3,network=tiny,method=independent")
+    settings.subnetworks.num = 1
     settings.log_every_steps = 2
     settings.evaluation.every_epochs = 1
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -333,7 +343,8 @@ def test_nothing_is_compiled_after_the_first_evaluation(tmp_path, monkeypatch):
 @pytest.mark.parametrize("asked", [0, 2])
 def test_stopped_before_or_within_the_last_evaluation(tmp_path, monkeypatch, asked):
     """A signal at the last step saves it unevaluated; the next start evaluates, then the run is complete."""
-    settings = digits.get_config("epochs=1,network=tiny")
+    settings = digits.get_config("epochs=1,network=tiny,method=independent")
+    settings.subnetworks.num = 1
     settings.evaluation.batch_size = 100  # asked before the first batch and each of the others
     answers = itertools.chain([False] * asked, itertools.repeat(True))
     log = tmp_path / "metrics.jsonl"
