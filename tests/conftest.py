@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import flax.linen as nn
 import jax
@@ -20,7 +21,7 @@ from ffl_jax import data
 from ffl_jax.devices import backend
 from ffl_jax.models import NETWORKS, Network
 from ffl_jax.models.base import batch_norm, conv
-from ffl_jax.training import cost, loop, programs, steps
+from ffl_jax.training import cost, loop, programs, steps, summary
 from ffl_jax.training.defaults import every_key
 from ffl_jax.training.experiment import Experiment, run_record
 from ffl_jax.workdir import checkpoint, curves
@@ -35,7 +36,8 @@ def command(module: str, more: str = "pass") -> tuple[str, str]:
 
 
 MAIN = command("main")
-UNDRAWN = command("main", "conftest.curves.draw_curves = lambda *_, **__: None")  # pictures take seconds
+# Pictures take seconds, and so does the number of a step's operations.
+UNDRAWN = command("main", "conftest.draw_nothing(setattr); conftest.count_nothing(setattr)")
 # Compiling takes longer than running here, so little is optimised, programs are not cut into pieces for many
 # cores, and loops are fused in jax 0.10's old way, which takes half the time. {option: (here, as users have
 # it)}
@@ -64,6 +66,20 @@ AS_USERS = {name: usual for name, (_, usual) in _OPTIONS.items()}  # `compiler_o
 
 # Tracing makes millions of objects that live on: to look through them again and again takes its time.
 gc.set_threshold(200_000, 50, 100)
+
+
+def draw_nothing(set_attribute):
+    """Pictures of runs are not drawn."""
+    set_attribute(curves, "draw_curves", lambda *_, **__: None)
+
+
+def count_nothing(set_attribute):
+    """The operations of a training step, for which it is traced once more, are one in all summaries."""
+    counts = {
+        "training_flops": lambda experiment: 1,
+        "prediction_costs": lambda *args: cost.prediction_costs(*args),
+    }
+    set_attribute(summary, "cost", types.SimpleNamespace(**counts))
 
 
 class Tiny(Network):
@@ -230,7 +246,15 @@ def no_programs_pile_up():
 def no_curves():
     """Pictures of trainings in this process take long; those of processes of their own are drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(curves, "draw_curves", lambda *_, **__: None)
+        draw_nothing(patch.setattr)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uncounted():
+    """Trainings in this process count no operations, but of files that put nothing in place of this."""
+    with pytest.MonkeyPatch.context() as patch:
+        count_nothing(patch.setattr)
         yield
 
 

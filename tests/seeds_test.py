@@ -215,7 +215,10 @@ def test_vectorized_step_in_float64():
 
 
 def test_a_seed_that_diverges_is_named_and_ends_all(tmp_path):
-    config = configuration(**{"optimizer.learning_rate": 1e30, "checkpoint.every_steps": 0})
+    config = digits.get_config("network=tiny,method=independent,epochs=2")
+    config.update(seed=SEEDS[0], num_seeds=2, batch_size=128, log_every_steps=2)
+    config.subnetworks.num = 1
+    config.optimizer.learning_rate = 1e30
     with pytest.raises(NonFiniteError, match=r"lower config.optimizer.learning_rate"):
         loop.train(config, tmp_path)
     summaries = [files.read_json(tmp_path / f"seed_{seed}" / "summary.json") for seed in SEEDS]
