@@ -225,8 +225,8 @@ class Commands:
 def pytest_collection_modifyitems(items):
     """The longest files first, so that the processes end together."""
     slow = (
-        *("accelerator_test", "train_test", "method_test", "parallel_methods_test", "seeds_test"),
-        *("bench_test", "processes_test", "export_test", "ffsd_test", "own_method_test", "main_test"),
+        *("method_test", "train_test", "parallel_methods_test", "export_test", "processes_test"),
+        *("seeds_test", "bench_test", "own_method_test", "accelerator_test", "ffsd_test", "main_test"),
         *("recipe_run_test", "golden_test", "finetune_test", "data_streaming_test", "precision_test"),
         *("mfef_test", "afd_test", "models_mobile_test", "teachers_test", "parallel_test", "kdcl_test"),
         *("launch_test", "import_weights_test", "models_test", "scoring_test", "report_test"),

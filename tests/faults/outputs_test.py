@@ -58,8 +58,9 @@ def test_help_that_nobody_can_read(commands):
 
 def test_a_training_that_nobody_looks_at(commands, tmp_path):
     """Its reader goes away at the first line; all steps are done, and it says so by its files and code."""
-    config = "--config=configs/digits.py:network=tiny,epochs=1"
-    training = commands.start(*UNDRAWN, config, f"--workdir={tmp_path}", "--config.evaluation.every_epochs=1")
+    config = "--config=configs/digits.py:network=tiny,method=independent,epochs=1"
+    more = ("--config.subnetworks.num=1", "--config.evaluation.every_epochs=1")
+    training = commands.start(*UNDRAWN, config, f"--workdir={tmp_path}", *more)
     training.stdout.close()
     training.stderr.close()
     assert training.wait(timeout=300) == 0
