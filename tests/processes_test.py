@@ -15,7 +15,7 @@ from ffl_jax.workdir import files
 from ffl_jax.workdir.log import read_metrics
 
 ARGUMENTS = (
-    "--config=configs/digits.py:network=tiny,method=independent,epochs=2",
+    "--config=configs/digits.py:network=tiny,epochs=2",
     *("--config.batch_size=128", "--config.log_every_steps=4", "--config.evaluation.every_epochs=2"),
     # Rounding grows from step to step, faster at higher rates.
     *("--config.optimizer.learning_rate=0.01", "--config.parallel.mode=shard_map"),
