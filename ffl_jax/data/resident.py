@@ -114,7 +114,7 @@ class TrainInput:
         def order(own):
             return own, epoch_order(own["seed"], own["epoch"], len(split), config.batch_size)
 
-        self._order = parallel.map(order, (parallel_lib.OWN,))
+        self._order = parallel.map(order, (parallel_lib.OWN,), seldom=True)
         self._labels = split.labels if config.data.sampling == "balanced" else None
         self._batch_size, self._first_seed = config.batch_size, config.seed
 

@@ -272,7 +272,14 @@ class Parallel:
         fetched = self.fetch(tree)
         return [fetched] if self.num_seeds == 1 else _apart(fetched, self.num_seeds)
 
-    def map(self, function, arguments: tuple, results=OWN, donate: tuple[int, ...] = ()):
+    def map(
+        self,
+        function,
+        arguments: tuple,
+        results=OWN,
+        donate: tuple[int, ...] = (),
+        seldom: bool = False,
+    ):
         """Compiles a function of one run on one device, for all runs and all devices.
 
         Results are `OWN` of each run. They must be equal along the data axis: join them with `mean` or `sum`.
@@ -283,10 +290,14 @@ class Parallel:
           results: `OWN`, or, where stacked sub-networks are among them, the number of an argument of the same
             form; of several results, a tuple of these.
           donate: numbers of arguments that give their memory to the results, and cannot be used again.
+          seldom: it runs a few times, always with the same shapes: it is compiled quickly, not well.
         """
         function = self._over_seeds(function, arguments)
+        options = backend.seldom_options() if seldom else None
         if self.mode == "pmap":
-            return jax.pmap(function, _DATA, devices=self._all_devices, donate_argnums=donate)
+            program = jax.pmap(function, _DATA, devices=self._all_devices, donate_argnums=donate)
+            # It takes no options, and what it compiles ahead does not know of other processes.
+            return _compiled_with(options, program) if options and jax.process_count() == 1 else program
 
         def run(*given):
             specs = jax.tree.map(lambda kind, tree: self._specs(tree, kind), arguments, given)
@@ -300,7 +311,7 @@ class Parallel:
             )
             return mapped(*given)
 
-        return functools.wraps(function)(jax.jit(run, donate_argnums=donate))
+        return functools.wraps(function)(jax.jit(run, donate_argnums=donate, compiler_options=options))
 
     def _over_seeds(self, function, arguments):
         """The same for all runs that are on this device, where they are several: `OWN` trees have an axis."""
@@ -360,6 +371,19 @@ class Parallel:
         # Every process gives all of it, and JAX takes what its devices hold.
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index]))
+
+
+def _compiled_with(options: dict, program):
+    """The program, compiled with these options of XLA when it is called first."""
+    compiled = None
+
+    @functools.wraps(program)
+    def run(*given):
+        nonlocal compiled
+        compiled = compiled or program.lower(*given).compile(compiler_options=options)
+        return compiled(*given)
+
+    return run
 
 
 def _own(tree, with_axis: bool):

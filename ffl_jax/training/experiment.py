@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ffl_jax import __version__, methods
 from ffl_jax.data import Dataset, Split, resident
+from ffl_jax.devices import backend
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import optimizers, start_weights, steps
@@ -154,7 +155,7 @@ class Experiment:
         create = functools.partial(
             steps.create_state, self.method, self.optimizers, image_shape=self.image_shape
         )
-        return jax.jit(create)
+        return jax.jit(create, compiler_options=backend.seldom_options())
 
     @functools.cached_property
     def _abstract_state(self):

@@ -70,7 +70,7 @@ def images_shown(experiment: Experiment, inputs, parallel: Parallel, arrays) -> 
             batch = experiment.recipe(batch, jax.random.fold_in(rng, 0))
         return batch["image"][..., :_SHOWN, :, :, :]
 
-    program = parallel.map(images, (inputs.kinds,))
+    program = parallel.map(images, (inputs.kinds,), seldom=True)
     seen = np.asarray(parallel.fetch_runs(program(arrays))[0])  # of the first device
     settings = experiment.config.data
     pixels = np.rint(255 * (seen * np.array(settings.std) + np.array(settings.mean)))
