@@ -390,7 +390,10 @@ def _own(tree, with_axis: bool):
     """Its arrays in memory of their own, on one device, if so with a leading axis of one."""
     leaves, structure = jax.tree.flatten(tree)
     copies = iter(_copies([x for x in leaves if isinstance(x, jax.Array)], with_axis))
-    host = (lambda x: jnp.array(x[None])) if with_axis else jnp.array
+
+    def host(x):  # `jnp.array` would compile a program for each shape
+        return jax.device_put(x[None] if with_axis else x, may_alias=False)
+
     return structure.unflatten([next(copies) if isinstance(x, jax.Array) else host(x) for x in leaves])
 
 
