@@ -14,6 +14,7 @@ from ffl_jax import __version__, methods
 from ffl_jax.data import Dataset, Split, resident
 from ffl_jax.devices import backend
 from ffl_jax.errors import CheckpointError, ConfigError, DatasetError
+from ffl_jax.methods.subnetworks import vectorized
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import optimizers, start_weights, steps
 from ffl_jax.training import recipe as recipe_lib
@@ -116,7 +117,7 @@ class Experiment:
     @functools.cached_property
     def terms(self) -> dict:
         """{name: `Term` with a shape for a value} of all that a step logs."""
-        return steps.terms(self.method, *self._abstract_variables, self.image_shape)
+        return steps.terms(self._looped, *self._abstract_variables, self.image_shape)
 
     def train_step(self, state: steps.TrainState, batch: dict) -> steps.TrainState:
         """The state after `observed_step`, alone."""
@@ -145,15 +146,20 @@ class Experiment:
             "label": jax.ShapeDtypeStruct((size,), np.int32),
         }
 
-    # Tracing takes seconds. How sub-networks are run, which alone changes in a method, changes no shape.
+    # Tracing takes seconds. How sub-networks are run, which alone changes in a method, changes no shape and
+    # nothing that is drawn: so one form of it is asked, before that is settled and after.
+    @functools.cached_property
+    def _looped(self):
+        return vectorized(self.method, False)
+
     @functools.cached_property
     def _abstract_variables(self):
-        return steps.init_variables.eval_shape(self.method, jax.random.key(0), self.image_shape)
+        return steps.init_variables.eval_shape(self._looped, jax.random.key(0), self.image_shape)
 
     @functools.cached_property
     def _create(self):
         create = functools.partial(
-            steps.create_state, self.method, self.optimizers, image_shape=self.image_shape
+            steps.create_state, self._looped, self.optimizers, image_shape=self.image_shape
         )
         return jax.jit(create, compiler_options=backend.seldom_options())
 

@@ -186,8 +186,9 @@ class Loop:
         self.batches = None
         self.program = programs.training(self.experiment, self.inputs, self.parallel)
         self.before_epoch = programs.before_epoch(self.experiment, self.parallel)
+        variables = self.experiment.abstract_state().variables
         self.evaluators = {
-            name: Evaluator(method, split, config, self.parallel)
+            name: Evaluator(method, split, config, self.parallel, variables=variables)
             for name, split in (("validation", dataset.validation), ("test", dataset.test))
             if split is not None
         }

@@ -26,20 +26,35 @@ class SplitSums:
     Attributes:
       input: of `data.eval_input`.
       program: (sums, variables, arrays of a batch) -> sums.
-      zero: the sums of nothing, on the devices.
     """
 
-    def __init__(self, step: Callable, method, split, config, parallel: Parallel):
-        """Args: step: `steps.eval_step` or another of its form. split: a `data.Split`. config: all of it."""
+    def __init__(self, step: Callable, method, split, config, parallel: Parallel, variables=None):
+        """Compiles and traces nothing yet.
+
+        Args:
+          step: `steps.eval_step` or another of its form.
+          split: a `data.Split`.
+          config: all of it.
+          variables: shapes of the method's, where they are known; else it is traced for them.
+        """
         self.input = inputs = data.eval_input(split, config, parallel)
-        # The program adds to sums that it is given, so that nothing waits for the host until the end.
-        self.zero = parallel.repeat(_zeros(step, method, split.image_shape))
+        self._parallel, self._sums_of = parallel, (step, method, split.image_shape, variables)
 
         def add(sums, variables, arrays):
             new = step(variables, inputs.batch(arrays), method=method, precision=config.precision)
             return jax.tree.map(jnp.add, sums, new)
 
         self.program = parallel.map(add, (OWN, OWN, inputs.kinds))
+
+    @functools.cached_property
+    def zero(self):
+        """The sums of nothing, on the devices; the program adds to sums, so that none waits for the host."""
+        step, method, image_shape, variables = self._sums_of
+        if variables is None:
+            params, state = steps.init_variables.eval_shape(method, jax.random.key(0), image_shape)
+            variables = {"params": params, **state}
+        shapes = _sums_of_one.eval_shape(variables, step, method, image_shape)
+        return self._parallel.repeat(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
 
     def __call__(self, state: steps.TrainState):
         """The sums of a state on the devices, there too; None if a signal came. The state stays as it is."""
@@ -55,7 +70,9 @@ class SplitSums:
 class Evaluator:
     """One split on the devices, and the compiled program that scores it."""
 
-    def __init__(self, method, split, config, parallel: Parallel, confused: str | None = None):
+    def __init__(
+        self, method, split, config, parallel: Parallel, confused: str | None = None, variables=None
+    ):
         """Compiles nothing yet.
 
         Args:
@@ -63,9 +80,10 @@ class Evaluator:
           split: a `data.Split`.
           config: the whole configuration.
           confused: the prediction whose errors are counted class by class; what is shipped by default.
+          variables: see `SplitSums`.
         """
         step = functools.partial(steps.eval_step, confused=confused) if confused else steps.eval_step
-        self._sums = SplitSums(step, method, split, config, parallel)
+        self._sums = SplitSums(step, method, split, config, parallel, variables)
         self._parallel, self._confused = parallel, confused or method.headline
 
     def __call__(self, state: steps.TrainState) -> list[dict[str, dict]] | None:
@@ -95,18 +113,14 @@ def _scores(sums, confused):
     }
 
 
-@functools.lru_cache(maxsize=4)  # to trace it takes a while, and a run evaluates two splits
-def _zeros(step, method, image_shape):
-    def sums():
-        params, model_state = steps.init_variables(method, jax.random.key(0), image_shape)
-        batch = {
-            "image": jnp.zeros((1, *image_shape)),
-            "label": jnp.zeros((1,), jnp.int32),
-            "weight": jnp.zeros((1,)),
-        }
-        return step({"params": params, **model_state}, batch, method=method)
-
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums))
+@functools.partial(jax.jit, static_argnames=("step", "method", "image_shape"))  # for its cache of shapes
+def _sums_of_one(variables, step, method, image_shape):
+    batch = {
+        "image": jnp.zeros((1, *image_shape)),
+        "label": jnp.zeros((1,), jnp.int32),
+        "weight": jnp.zeros((1,)),
+    }
+    return step(variables, batch, method=method)
 
 
 @dataclasses.dataclass(frozen=True)
