@@ -5,6 +5,7 @@ Light on imports, so that a mistyped flag and a signal are answered at once.
 
 import contextlib
 import errno
+import gc
 import io
 import logging
 import os
@@ -98,6 +99,7 @@ def run(command: Callable[[list[str]], None], huge_pages: bool = False, answers:
     if huge_pages:
         _use_huge_pages()
     _keep_programs()
+    gc.set_threshold(100_000, 50, 100)  # tracing makes millions of objects that live on: a sixth of a start
     compiled.mend()
     output = _secure_standard_files()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

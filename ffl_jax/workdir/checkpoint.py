@@ -28,8 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint import args
 
 from ffl_jax.errors import CheckpointError, FFLError, of_system
 from ffl_jax.workdir import contents, files, manifest
@@ -138,6 +136,8 @@ class Checkpoints:
     def _write(self, step: int, arrays: dict, state: Any, run: dict) -> None:
         """In the background: writes the step, seals it, puts it in place, drops what it supersedes."""
         folder, final = self._incoming / str(step), self.directory / str(step)
+        from orbax.checkpoint import args  # a third of a second, which no run waits for here
+
         items = {"state": args.PyTreeSave(state), "run": args.JsonSave(run), "arrays": args.JsonSave(arrays)}
         self._guard()
         with _resource_errors(self.directory, self._guard):
@@ -307,6 +307,8 @@ def _require_equal(folder: Path, stored: dict[str, str], wanted: dict[str, str])
 
 def _load(folder: Path, name: str, target: Any = None) -> Any:
     """One item: the arrays of the tree `target`, or without it what was saved as JSON."""
+    from orbax.checkpoint import args
+
     wanted = args.JsonRestore() if target is None else args.PyTreeRestore(target)
     try:
         with _orbax() as orbax:
@@ -318,7 +320,10 @@ def _load(folder: Path, name: str, target: Any = None) -> Any:
         raise CheckpointError(f"checkpoint {folder} {reason}") from error
 
 
-def _orbax() -> ocp.Checkpointer:
+def _orbax():
+    """Orbax's `Checkpointer` of one folder."""
+    import orbax.checkpoint as ocp
+
     # Of several processes one writes and reads; Orbax would else wait for the others.
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
