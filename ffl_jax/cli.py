@@ -163,6 +163,8 @@ def _use_huge_pages():
 
 def _keep_programs():
     """Has JAX keep compiled programs in the cache folder, unless the environment says otherwise."""
+    # Not only those that took a second: reading a program takes a fifth of compiling it or less.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     with contextlib.suppress(RuntimeError, OSError):  # There is no home folder, or it cannot be written.

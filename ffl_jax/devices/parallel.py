@@ -11,7 +11,8 @@ the first axis alone.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -312,6 +313,30 @@ class Parallel:
             return mapped(*given)
 
         return functools.wraps(function)(jax.jit(run, donate_argnums=donate, compiler_options=options))
+
+    def compile_ahead(self, program, tree, *placed) -> Callable[[], object]:
+        """Begins to compile a program of `map` in a thread; returns what waits for that, before it is called.
+
+        Not done for several processes, nor for "shard_map", which compiles anew for arrays that it is given.
+
+        Args:
+          program: its first argument is `OWN`.
+          tree: shapes of that, of one run.
+          *placed: its other arguments.
+        """
+        if self.mode != "pmap" or jax.process_count() > 1:
+            return lambda: None
+        leading = (len(self.devices),) if self.num_seeds == 1 else (len(self.devices), self.num_seeds)
+        sharding = NamedSharding(self._local_mesh, PartitionSpec(_DATA))
+
+        def placed_like(leaf):
+            return jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype, sharding=sharding)
+
+        lowered = program.lower(jax.tree.map(placed_like, tree), *placed)
+        with_thread = futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+        compiling = with_thread.submit(lowered.compile)
+        with_thread.shutdown(wait=False)
+        return lambda: futures.wait([compiling])  # where it failed, the call itself says so
 
     def _over_seeds(self, function, arguments):
         """The same for all runs that are on this device, where they are several: `OWN` trees have an axis."""

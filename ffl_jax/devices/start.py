@@ -19,9 +19,10 @@ def problem(error: Exception) -> FFLError | None:
 
         jax.devices()
     except Exception:
-        ours = "JAX_COMPILATION_CACHE_DIR"  # set by `cli` where the user has not
+        # Set by `cli` where the user has not.
+        ours = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
         given = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
-        settings = " ".join(f"{name}={value}" for name, value in sorted(given.items()) if name != ours)
+        settings = " ".join(f"{name}={value}" for name, value in sorted(given.items()) if name not in ours)
         return ConfigError(
             f"JAX does not start{f' with {settings}' if settings else ''}: {reason}; set JAX_PLATFORMS to "
             "what this machine has, such as cpu, or leave these variables unset."

@@ -80,7 +80,7 @@ def train(
             for run in runs:
                 for teacher, folder in teachers.to_train(run.experiment.config, run.folder.path):
                     train(teacher, folder)
-            step, states = 0, runs.first_states()
+            step, states = 0, None
         else:
             states = runs.restored(step)
             logging.info("Continuing from step %d of %d.", step, experiment.total_steps)
@@ -93,8 +93,10 @@ def train(
         logging.info("Learning rate: %s", optimizers.course(config.optimizer, config.epochs))
         for text in start_weights.told(experiment):
             logging.info(text)
+        loop = Loop(runs, parallel, step, locks, tell)
+        loop.begin_compiling(stack)
         cost.tell_memory(experiment, parallel)
-        return Loop(runs, parallel, step, locks, tell).train(states)
+        return loop.train(states or runs.first_states())
 
 
 def told(summary: dict, tell: Callable[[dict], None]) -> dict:
@@ -126,6 +128,7 @@ class Loop:
         self.config = self.experiment.config
         self.step, self.saved, self.line = step, (step, runs.evaluated_step), None
         self.locks, self.curves, self.told = locks, Onlooker("curves.png"), tell
+        self.inputs, self.wait_for_program = None, lambda: None
         self.pace = Pace()
         self.host = processes.Agreement(self.pace, step)
         self.progress = Progress(
@@ -181,10 +184,8 @@ class Loop:
             stack.enter_context(run.folder.open(settings, self.step, run.log_bytes, keep, best, self.guard))
             trained = config_lib.fixed_part(settings) | {"epochs": config.epochs}
             run.folder.log.write_settings(self.step, config_lib.flatten(trained), list(_RESULTS))
-        self.inputs = data.train_input(dataset.train, config, self.parallel, method.num_views)
-        stack.callback(self.inputs.close)
+        self.open_inputs(stack)
         self.batches = None
-        self.program = programs.training(self.experiment, self.inputs, self.parallel)
         self.before_epoch = programs.before_epoch(self.experiment, self.parallel)
         variables = self.experiment.abstract_state().variables
         self.evaluators = {
@@ -192,6 +193,25 @@ class Loop:
             for name, split in (("validation", dataset.validation), ("test", dataset.test))
             if split is not None
         }
+
+    def begin_compiling(self, stack: contextlib.ExitStack):
+        """Has the training's program compiled while the first state is drawn and the rest made ready."""
+        if isinstance(self.experiment.dataset.train, data.Split):  # else processes would start for the images
+            self.open_inputs(stack)
+            self.wait_for_program = self.parallel.compile_ahead(
+                self.program,
+                self.experiment.abstract_state(),
+                next(self.inputs.batches(0, 0)),
+                self.parallel.place(np.int32(0)),
+            )
+
+    def open_inputs(self, stack: contextlib.ExitStack):
+        """Makes the batches, and the program that trains on them, unless they are there."""
+        if self.inputs is None:
+            split, num_views = self.experiment.dataset.train, self.experiment.method.num_views
+            self.inputs = data.train_input(split, self.config, self.parallel, num_views)
+            stack.callback(self.inputs.close)
+            self.program = programs.training(self.experiment, self.inputs, self.parallel)
 
     def guard(self):
         """Raises CheckpointError where another run has come to write to one of the folders."""
@@ -249,6 +269,7 @@ class Loop:
             if self.step == 0:
                 self.batches = self.shown(self.batches)
         count = self.count()
+        self.wait_for_program()
         state, record = self.program(state, next(self.batches), self.parallel.place(np.int32(count)))
         self.step += count
         self.progress.advance(count)
