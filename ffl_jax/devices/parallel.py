@@ -314,18 +314,23 @@ class Parallel:
 
         return functools.wraps(function)(jax.jit(run, donate_argnums=donate, compiler_options=options))
 
+    @property
+    def compiles_ahead(self) -> bool:
+        """Whether `compile_ahead` may be called.
+
+        Not on accelerators, where XLA times kernels as it compiles, which whatever runs beside it disturbs;
+        not for "shard_map", which compiles anew for arrays that it is given; nor for several processes.
+        """
+        return backend.is_cpu() and self.mode == "pmap" and jax.process_count() == 1
+
     def compile_ahead(self, program, tree, *placed) -> Callable[[], object]:
         """Begins to compile a program of `map` in a thread; returns what waits for that, before it is called.
-
-        Not done for several processes, nor for "shard_map", which compiles anew for arrays that it is given.
 
         Args:
           program: its first argument is `OWN`.
           tree: shapes of that, of one run.
           *placed: its other arguments.
         """
-        if self.mode != "pmap" or jax.process_count() > 1:
-            return lambda: None
         leading = (len(self.devices),) if self.num_seeds == 1 else (len(self.devices), self.num_seeds)
         sharding = NamedSharding(self._local_mesh, PartitionSpec(_DATA))
 
@@ -333,9 +338,9 @@ class Parallel:
             return jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype, sharding=sharding)
 
         lowered = program.lower(jax.tree.map(placed_like, tree), *placed)
-        with_thread = futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
-        compiling = with_thread.submit(lowered.compile)
-        with_thread.shutdown(wait=False)
+        threads = futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+        compiling = threads.submit(lowered.compile)
+        threads.shutdown(wait=False)
         return lambda: futures.wait([compiling])  # where it failed, the call itself says so
 
     def _over_seeds(self, function, arguments):

@@ -196,7 +196,8 @@ class Loop:
 
     def begin_compiling(self, stack: contextlib.ExitStack):
         """Has the training's program compiled while the first state is drawn and the rest made ready."""
-        if isinstance(self.experiment.dataset.train, data.Split):  # else processes would start for the images
+        in_memory = isinstance(self.experiment.dataset.train, data.Split)  # else processes start for images
+        if self.parallel.compiles_ahead and in_memory and self.step < self.experiment.total_steps:
             self.open_inputs(stack)
             self.wait_for_program = self.parallel.compile_ahead(
                 self.program,
