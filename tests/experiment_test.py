@@ -39,6 +39,13 @@ def test_images_of_one_colour_have_a_std():
     np.testing.assert_allclose(config.data.std, [1 / 255] * 3)
 
 
+def test_runs_of_all_seeds_share_what_is_compiled():
+    joint = Experiment(digits.get_config("network=tiny,method=independent"), make_dataset())
+    one, other = joint.of_seed(1), joint.of_seed(2)
+    assert one._create is other._create is joint._create
+    assert one.abstract_state() is other.abstract_state()
+
+
 def test_fewer_examples_than_a_batch():
     with pytest.raises(DatasetError, match=r"63 training examples .* now 64"):
         Experiment(digits.get_config(), make_dataset(63))

@@ -84,6 +84,7 @@ class Experiment:
 
     def of_seed(self, seed: int) -> "Experiment":
         """The same of one run with this seed, as its checkpoints tell it."""
+        self.abstract_state()  # what is traced for it serves all runs
         alone = copy.copy(self)
         alone.config = ConfigDict(self.config.to_dict())
         alone.config.update(seed=seed, num_seeds=1)
