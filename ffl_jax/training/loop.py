@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -128,7 +129,8 @@ class Loop:
         self.config = self.experiment.config
         self.step, self.saved, self.line = step, (step, runs.evaluated_step), None
         self.locks, self.curves, self.told = locks, Onlooker("curves.png"), tell
-        self.inputs, self.wait_for_program = None, lambda: None
+        self.inputs: Any = None
+        self.wait_for_program: Callable[[], object] = lambda: None
         self.pace = Pace()
         self.host = processes.Agreement(self.pace, step)
         self.progress = Progress(
