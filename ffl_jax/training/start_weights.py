@@ -160,9 +160,8 @@ def install(state: steps.TrainState, experiment) -> steps.TrainState:
     for k, start in enumerate(starts):
         alone = all(k == one or start.digest != other.digest for one, other in enumerate(starts))
         for (kind, *path), value in _load(start, k, experiment, alone, read).items():
-            for name, copy in networks.places(k):
-                if (kind, name, *path) in flat:
-                    flat[kind, name, *path][... if copy is None else copy] = value
+            ((name, copy),) = (one for one in networks.places(k) if (kind, one[0], *path) in flat)
+            flat[kind, name, *path][... if copy is None else copy] = value
     joint = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat))
 
     def put(tree):
