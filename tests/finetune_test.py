@@ -19,7 +19,7 @@ from configs import common
 from configs import digits as digits_config
 from ffl_jax import methods
 from ffl_jax.errors import ConfigError
-from ffl_jax.methods import subnetworks
+from ffl_jax.methods import layers
 from ffl_jax.models import NETWORKS
 from ffl_jax.training import config as config_lib
 from ffl_jax.training import experiment, loop, optimizers, start_weights, steps, teachers
@@ -116,14 +116,14 @@ def test_depths(name):
     network = NETWORKS.lookup(name)(10)
     init = functools.partial(network.init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    alone = subnetworks.depths({"subnetworks": {"networks_0": shapes}, "fusion": {"stage1_conv": shapes}})
+    alone = layers.depths({"subnetworks": {"networks_0": shapes}, "fusion": {"stage1_conv": shapes}})
     found = {layer: set(jax.tree.leaves(tree)) for layer, tree in alone["subnetworks"]["networks_0"].items()}
     assert {layer: found[layer] for layer in DEPTHS[name]} == {k: {n} for k, n in DEPTHS[name].items()}
     assert set(jax.tree.leaves(alone["fusion"])) == {0}
     # Cut into trunk and branch, and beside a shorter network, all have what they had.
     trunk = {layer: tree for layer, tree in shapes.items() if layer.startswith(("stem", "stage1"))}
     cut = {"trunk": trunk, "branches": {layer: shapes[layer] for layer in shapes.keys() - trunk.keys()}}
-    cut = subnetworks.depths({"subnetworks": cut | {"networks_1": {"stage1_conv": shapes["head"]}}})
+    cut = layers.depths({"subnetworks": cut | {"networks_1": {"stage1_conv": shapes["head"]}}})
     joined = cut["subnetworks"]["trunk"] | cut["subnetworks"]["branches"]
     chex.assert_trees_all_equal(joined, alone["subnetworks"]["networks_0"])
     assert set(jax.tree.leaves(cut["subnetworks"]["networks_1"])) == {1}

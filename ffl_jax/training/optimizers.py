@@ -10,7 +10,7 @@ import optax
 
 from ffl_jax.devices import parallel
 from ffl_jax.errors import ConfigError
-from ffl_jax.methods import subnetworks
+from ffl_jax.methods import layers
 from ffl_jax.registry import nearest
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
@@ -229,8 +229,8 @@ def make_optimizers(
     table = merge_rules(default, rules)
     unused = set(range(len(rules)))
     decays = any(settings["layer_decay"] != 1 for _, settings in table)
-    depths = subnetworks.depths(params) if decays else jax.tree.map(lambda _: 0, params)
-    held = subnetworks.body(params) if freeze_steps else jax.tree.map(lambda _: False, params)
+    depths = layers.depths(params) if decays else jax.tree.map(lambda _: 0, params)
+    held = layers.body(params) if freeze_steps else jax.tree.map(lambda _: False, params)
     optimizers = {}
     for objective, trained in trains.items():
         labels, kinds = _labels(objective, trained, table, depths, held)

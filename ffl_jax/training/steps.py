@@ -11,7 +11,7 @@ import optax
 
 from ffl_jax import losses
 from ffl_jax.devices import parallel
-from ffl_jax.methods import subnetworks
+from ffl_jax.methods import layers, subnetworks
 from ffl_jax.methods.base import Term, logged, parameter_mask
 from ffl_jax.training import metrics
 
@@ -283,7 +283,7 @@ def _gradients(state, model_state, part, index=None, *, method, steps_per_epoch,
 
     def forward(params):
         if frozen:
-            held = subnetworks.body(params)
+            held = layers.body(params)
             params = jax.tree.map(lambda held, x: jax.lax.stop_gradient(x) if held else x, held, params)
         variables = {"params": params, **model_state}
         outputs, new_state = apply(
