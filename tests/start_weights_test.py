@@ -161,6 +161,30 @@ def test_a_run_and_an_export(dataset, tmp_path):
         experiment(dataset, [f"{tmp_path}/run:ensemble"], "independent", "tiny", num=1)
 
 
+def test_a_tree_takes_a_network_into_trunk_limbs_and_branches(dataset, tmp_path):
+    """All copies of each layer are as in that network, but for the heads, which stay as they are drawn."""
+    stored = run_of_tiny(dataset, tmp_path / "run")
+    tree = {"num": 4, "shared_stages": 1, "limbs": (2,)}
+    made = experiment(dataset, [f"{tmp_path}/run:sub_1"], "cl_ilr", "tiny", **tree)
+    wanted = jax.tree.map(
+        lambda x: x[1], {kind: tree["subnetworks"]["branches"] for kind, tree in stored.items()}
+    )
+    before, after = installed(made)
+    for kind, tree in after.items():
+        parts = tree["subnetworks"]
+        layers = {name: [one[name] for one in parts.values() if name in one] for name in wanted[kind]}
+        assert all(
+            len(found) == 1 for found in layers.values()
+        )  # of the trunk, of two limbs or four branches
+        for name, (found,) in layers.items():
+            expected = (
+                before[kind]["subnetworks"]["branches"]["head"] if name == "head" else wanted[kind][name]
+            )
+            jax.tree.map(
+                lambda x, y: np.testing.assert_array_equal(x, np.broadcast_to(y, x.shape)), found, expected
+            )
+
+
 REFUSED = [
     (
         {"norm.weight": None},
